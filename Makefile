@@ -1,0 +1,67 @@
+# One command sets up everything: each target that needs the environment makes .venv first, and again only
+# when setup.cfg, pyproject.toml or constraints.txt has changed.
+
+PYTHON ?= python3
+DATA_DIR ?= data
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TORCH_PIN := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv test test-all lint format demo benchmark-quick build clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
+
+venv: $(STAMP)
+
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "error: $(PYTHON) is not Python 3.10 or newer; name one with: make PYTHON=/path/to/python3" >&2; \
+		exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "error: $(PYTHON) cannot make a virtual environment: its modules venv and ensurepip are" >&2; \
+		echo "missing. On Debian and Ubuntu install python3-venv, or name another Python with:" >&2; \
+		echo "make PYTHON=/path/to/python3" >&2; \
+		exit 1; }
+	@test -n "$(TORCH_PIN)" || { \
+		echo "error: constraints.txt has no line that begins with torch==" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt "$(TORCH_PIN)"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	@touch $@
+
+test: $(STAMP) ## run the tests, but for the slow ones (PYTEST_ARGS="-k name" to choose)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-all: $(STAMP) ## run all tests, the slow ones too
+	$(BIN)/python -m pytest -m "slow or not slow" $(PYTEST_ARGS)
+
+lint: $(STAMP) ## check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy bnp_optim lightning_callbacks
+
+format: $(STAMP) ## format the code and fix what ruff can fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: $(STAMP) ## run the demo
+	$(BIN)/python -m demo
+
+benchmark-quick: $(STAMP) ## run the quick convergence benchmark (DATA_DIR=path/to/data)
+	$(BIN)/python -m benchmarks.convergence --quick --data-dir "$(DATA_DIR)"
+
+build: $(STAMP) ## build sdist and wheel, and try the wheel in a fresh environment
+	rm -rf build dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python scripts/check_wheel.py dist/*.whl --constraints constraints.txt
+
+clean: ## remove the environment, caches and builds
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

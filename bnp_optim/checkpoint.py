@@ -1,0 +1,114 @@
+"""Statistics in a ``state_dict``: merged into the base's on the way out, split off on the way in.
+
+They travel per parameter, as ``state[i]["bnp_mean"]`` and so on of the layer's weight: clients that rename or
+reshard optimizer state keep per-parameter entries. They never enter the base's own ``state``: Adam takes a
+parameter with any state for one that has stepped, and ``load_state_dict`` would cast them to the parameter's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from bnp_optim.discovery import Layer
+from bnp_optim.tracking import Tracker
+
+__all__ = ["FORMAT_VERSION", "Loaded", "merge", "split"]
+
+FORMAT_VERSION = 1
+_PREFIX = "bnp_"
+_REQUIRED = ("mean", "variance", "count", "mass", "q2")
+
+
+class Loaded(NamedTuple):
+    """A checkpoint taken apart.
+
+    Args:
+        base: What the base optimizer loads.
+        snapshots: Statistics by layer.
+        steps: Steps taken, for ``stat_interval``; 0 if the checkpoint does not say.
+        foreign: Whether it looks like a checkpoint of the plain base: there is state, but no statistics.
+    """
+
+    base: dict[str, Any]
+    snapshots: dict[Layer, dict[str, Tensor]]
+    steps: int
+    foreign: bool
+
+
+def merge(base: Mapping[str, Any], groups: Iterable[dict[str, Any]], tracker: Tracker, steps: int) -> dict[str, Any]:
+    """The base's ``state_dict()`` with the statistics in it; ``base`` is not changed."""
+    state = {key: dict(value) if isinstance(value, dict) else value for key, value in base["state"].items()}
+    index = _indices(groups)
+    for layer in tracker.layers:
+        weight = layer.weight
+        if layer in tracker.ready and weight is not None and id(weight) in index:
+            entries = {_PREFIX + key: value for key, value in tracker.snapshot(layer).items()}
+            state.setdefault(index[id(weight)], {}).update(entries)
+    return {**base, "state": state, "bnp": {"version": FORMAT_VERSION, "steps": steps}}
+
+
+def split(state_dict: Mapping[str, Any], groups: Iterable[dict[str, Any]], tracker: Tracker) -> Loaded:
+    """Take ``state_dict`` apart and check it against the layers at hand; nothing is changed.
+
+    Raises:
+        ValueError: if it holds statistics of other layers or shapes, or of a newer format.
+    """
+    header = state_dict.get("bnp", {})
+    if header.get("version", FORMAT_VERSION) > FORMAT_VERSION:
+        raise ValueError(
+            f"state_dict has statistics in format version {header['version']}, this bnp_optim reads up to "
+            f"{FORMAT_VERSION}: upgrade bnp_optim to load it"
+        )
+    layer_at = {}
+    index = _indices(groups)
+    for layer in tracker.layers:
+        weight = layer.weight
+        if weight is not None and id(weight) in index:
+            layer_at[index[id(weight)]] = layer
+
+    base_state: dict[Any, Any] = {}
+    snapshots: dict[Layer, dict[str, Tensor]] = {}
+    for key, value in state_dict["state"].items():
+        if not isinstance(value, dict):
+            base_state[key] = value
+            continue
+        ours = {k.removeprefix(_PREFIX): v for k, v in value.items() if str(k).startswith(_PREFIX)}
+        rest = {k: v for k, v in value.items() if not str(k).startswith(_PREFIX)}
+        if rest or not ours:
+            base_state[key] = rest
+        if ours:
+            if key not in layer_at:
+                raise ValueError(
+                    f"state_dict holds statistics for parameter {key}, which is not the weight of a preconditioned "
+                    "layer here: build the model and wrap it with the same layers (and skip=) as when it was saved"
+                )
+            _check(layer_at[key], ours, tracker)
+            snapshots[layer_at[key]] = ours
+    base = {k: v for k, v in state_dict.items() if k != "bnp"} | {"state": base_state}
+    foreign = bool(base_state) and not snapshots and "bnp" not in state_dict and bool(tracker.layers)
+    return Loaded(base, snapshots, int(header.get("steps", 0)), foreign)
+
+
+def _check(layer: Layer, snapshot: Mapping[str, Tensor], tracker: Tracker) -> None:
+    missing = [key for key in _REQUIRED if key not in snapshot]
+    if missing:
+        raise ValueError(f"state_dict lacks {_PREFIX}{missing[0]} for layer {layer.name!r}: it is damaged, save it anew")
+    for key, shape in tracker.expected_shapes(layer).items():
+        found = snapshot[key].shape if key in snapshot else shape
+        if found != shape:
+            raise ValueError(
+                f"state_dict has {_PREFIX}{key} of shape {tuple(found)} for layer {layer.name!r}, which needs "
+                f"{tuple(shape)}: load it into the model that it was saved from"
+            )
+
+
+def _indices(groups: Iterable[dict[str, Any]]) -> dict[int, int]:
+    """Parameter id → its number in ``state_dict()``, as torch.optim counts."""
+    parameters = [p for group in groups for p in group["params"]]
+    index: dict[int, int] = {}
+    for i, p in enumerate(parameters):
+        index.setdefault(id(p), i)
+    return index

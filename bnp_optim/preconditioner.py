@@ -1,0 +1,476 @@
+"""BNPreconditioner: Batch Normalization Preconditioning around any torch optimizer."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from bnp_optim.bases import needs_closure, traits_of
+from bnp_optim.checkpoint import merge, split
+from bnp_optim.coverage import Coverage, CoverageRow
+from bnp_optim.discovery import SkipRule, clean_name
+from bnp_optim.statistics import LayerStatistics, StatisticsOptions
+from bnp_optim.tracking import LiveLayer, Tracker
+from bnp_optim.transform import precondition
+from bnp_optim.two_sided import apply_on_rows, step_in_z
+
+__all__ = ["BNPreconditioner"]
+
+Mode = Literal["auto", "gradient", "two_sided"]
+StepScale = Literal["trace", "spectral", "fan_in"]
+Variance = Literal["total", "batch"]
+
+
+class BNPreconditioner(Optimizer):
+    """Wraps ``optimizer`` so that each layer's gradient is rescaled with running statistics of the layer's input.
+
+    The forward pass is untouched; the optimizer sees the Hessian PᵀHP that batch normalization would give it, at
+    any batch size, 1 included (S. Lange, K. Helfrich, Q. Ye, JMLR 23(72), 2022; constants reconstructed).
+
+        optimizer = BNPreconditioner(torch.optim.SGD(model.parameters(), lr=0.1), model)
+
+    It is a ``torch.optim.Optimizer``: ``param_groups``, ``state`` and ``defaults`` are the base's own objects, so
+    schedulers, scalers and trainers work on it. Call it where you would call the base: after backward, unscaling
+    and clipping. ``step()`` leaves the *preconditioned* gradient in ``.grad``.
+
+    Samples of a step are those whose gradient is in ``.grad``; gradients that are zeroed in place by anyone but
+    this optimizer cannot be seen to be gone. Padded positions count as samples. The loss should be a mean over the
+    batch: with a sum, ``N`` in ``q²`` means nothing.
+
+    Args:
+        optimizer: The base. Anything with a ``torch.optim.Optimizer`` interface but closure-driven ones (LBFGS).
+        model: The module whose layers are looked up; the base may hold any subset of its parameters. Wrap before
+            the first call of a compiled model.
+        stat_decay: ρ of the running statistics, in [0, 1). 0.99: the paper's, a memory of 100 steps.
+        var_rel_eps: ε1 ≥ 0 of σ̃² = σ² + ε1·max(σ²) + ε2. 1e-2: the paper's.
+        var_eps: ε2 > 0. 1e-4: the paper's.
+        mode: "gradient" feeds P Pᵀg to the base; "two_sided" runs the base in z, w = P z, as adaptive bases need.
+            "auto" picks "gradient" for SGD and ASGD and "two_sided" for all others. Bases that read their
+            parameters (Adafactor, LAMB, LARS) see w, not z.
+        step_scale: q². "trace": the trace of the batch's preconditioned second moment over N, exact at batch size
+            1, so that an outlier cannot blow the step up (the default: one learning rate serves many batch sizes);
+            "spectral": its largest eigenvalue by a power step; "fan_in": the paper's max(n/N, 1); None: 1.
+        debias: Let the first batch count fully, as Adam's correction does; False starts from μ = 0, σ² = 1. True:
+            otherwise the first 1/(1-ρ) steps are spoiled.
+        variance: "total" includes the distance of batch means from the running mean; "batch" is the paper's, which
+            is zero at batch size 1.
+        stat_interval: Measure every k-th step only; in between μ, σ̃ and q stay. 1: exact.
+        skip: Module classes, names or instances to leave alone.
+
+    Raises:
+        TypeError: if ``optimizer`` is no optimizer, is already a BNPreconditioner or calls the loss itself; if
+            ``model`` is no module or contains ``nn.DataParallel``.
+        ValueError: if an option is out of its range, or a name in ``skip`` fits no module.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        model: nn.Module,
+        *,
+        stat_decay: float = 0.99,
+        var_rel_eps: float = 1e-2,
+        var_eps: float = 1e-4,
+        mode: Mode = "auto",
+        step_scale: StepScale | None = "trace",
+        debias: bool = True,
+        variance: Variance = "total",
+        stat_interval: int = 1,
+        skip: Collection[SkipRule] = (),
+    ) -> None:
+        _check_objects(optimizer, model)
+        _check_range("stat_decay", stat_decay, 0 <= stat_decay < 1, "in [0, 1), such as 0.99")
+        _check_range("var_rel_eps", var_rel_eps, 0 <= var_rel_eps < math.inf, "at least 0, such as 1e-2")
+        _check_range("var_eps", var_eps, 0 < var_eps < math.inf, "above 0, such as 1e-4")
+        _check_choice("mode", mode, ("auto", "gradient", "two_sided"))
+        _check_choice("step_scale", step_scale, ("trace", "spectral", "fan_in", None))
+        _check_choice("variance", variance, ("total", "batch"))
+        whole = isinstance(stat_interval, int) and stat_interval >= 1
+        _check_range("stat_interval", stat_interval, whole, "an integer of at least 1")
+        _check_skip(skip, model)
+        self._setup(
+            optimizer,
+            model,
+            StatisticsOptions(stat_decay, var_rel_eps, var_eps, step_scale, bool(debias), variance),
+            {"mode": mode, "stat_interval": stat_interval, "skip": tuple(skip)},
+        )
+        self._warn_at_the_door()
+
+    @classmethod
+    def paper(cls, optimizer: Optimizer, model: nn.Module, **options: Any) -> BNPreconditioner:
+        """The paper's letter: start from μ = 0, σ² = 1, variance inside the batch, q² = max(n/N, 1), P Pᵀ g.
+
+        ``options`` override single settings. At batch size 1 its variance is zero: prefer the defaults there.
+        """
+        letter: dict[str, Any] = {"mode": "gradient", "step_scale": "fan_in", "debias": False, "variance": "batch"}
+        return cls(optimizer, model, **(letter | options))
+
+    def _setup(
+        self, optimizer: Optimizer, model: nn.Module, options: StatisticsOptions, settings: dict[str, Any]
+    ) -> None:
+        self.base_optimizer = optimizer
+        self._model = model
+        self._options = options
+        self._settings = settings
+        self._traits = traits_of(optimizer)
+        self._form = self._traits.form if settings["mode"] == "auto" else settings["mode"]
+        self._progress = {"steps": 0}  # an object: clients copy our __dict__ and must see the same count
+        self._warned: set[str] = set()
+        self._optimizer_step_pre_hooks = OrderedDict()
+        self._optimizer_step_post_hooks = OrderedDict()
+        self._optimizer_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_state_dict_post_hooks = OrderedDict()
+        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_load_state_dict_post_hooks = OrderedDict()
+        self._patch_step_function()
+        self._tracker = Tracker(model, settings["skip"], options, self._owned())
+
+    # The base's own objects. Lightning assigns to them, so they need setters.
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The base's parameter groups."""
+        return self.base_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.base_optimizer.param_groups = value
+
+    @property
+    def state(self) -> Any:
+        """The base's state (statistics are not in it)."""
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.base_optimizer.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The base's defaults."""
+        return self.base_optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.base_optimizer.defaults = value
+
+    # The algorithm
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Commit the statistics of the samples behind the gradients, precondition, and let the base step.
+
+        Args:
+            closure: Computes the loss and its gradients; run once, with gradients enabled. Returned is its result.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            live = self._live_layers()
+            tracker = self._tracker
+            tracker.commit(live)
+            live = [x for x in live if x.layer in tracker.ready]
+            factors = [tracker.factors(x.layer) for x in live]
+            if self._form == "two_sided":
+                step_in_z(self.base_optimizer, self._base_step, self._traits, live, factors)
+            else:
+                for x, f in zip(live, factors, strict=True):
+                    assert x.weight.grad is not None
+                    bias = None if x.bias is None else x.bias.grad
+                    apply_on_rows(precondition, x.layer.adapter, x.layer.rows, x.weight.grad, bias, f)
+                self._base_step()
+        self._progress["steps"] += 1
+        tracker.gate.due = self._progress["steps"] % self._settings["stat_interval"] == 0
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients, and with them the samples that they were made of."""
+        self._tracker.discard()
+        self.base_optimizer.zero_grad(set_to_none=set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base; layers whose weights it brings are preconditioned from now on."""
+        self.base_optimizer.add_param_group(param_group)
+        self.rescan()
+
+    def rescan(self) -> None:
+        """Look for layers again, after modules were replaced; known layers keep their statistics."""
+        self._tracker.rescan(self._owned())
+
+    def _live_layers(self) -> list[LiveLayer]:
+        """The layers whose weight has a gradient and is ours, found by identity at each step."""
+        owned = self._owned()
+        live = []
+        for layer in self._tracker.layers:
+            weight = layer.weight
+            if weight is None or id(weight) not in owned or not _has_dense_grad(weight):
+                continue
+            bias = layer.bias
+            takes_part = bias is not None and id(bias) in owned and _has_dense_grad(bias)
+            live.append(LiveLayer(layer, weight, bias if takes_part else None))
+        self._warn_if_unseen(live)
+        return live
+
+    def _owned(self) -> set[int]:
+        return {id(p) for group in self.param_groups for p in group["params"]}
+
+    def _base_step(self) -> None:
+        """The base's step with the base's own hooks; global hooks have fired for us already."""
+        base = self.base_optimizer
+        patched = base.__dict__.get("step")
+        if patched is not None:
+            if not hasattr(patched, "_wrapped_by_lr_sched"):
+                base.step()
+                return
+            base._opt_called = True  # type: ignore[attr-defined]  # what the scheduler's patch is there for
+        step: Any = type(base).step
+        args: tuple[Any, ...] = ()
+        kwargs: dict[str, Any] = {}
+        for pre_hook in base._optimizer_step_pre_hooks.values():
+            changed = pre_hook(base, args, kwargs)
+            if changed is not None:
+                args, kwargs = changed
+        (step.__wrapped__ if getattr(step, "hooked", False) else step)(base, *args, **kwargs)
+        for post_hook in base._optimizer_step_post_hooks.values():
+            post_hook(base, args, kwargs)
+
+    # Statistics and reports
+
+    @property
+    def statistics(self) -> dict[str, LayerStatistics]:
+        """Copies of the running statistics, by layer name."""
+        return self._tracker.statistics()
+
+    @contextmanager
+    def pause_statistics(self) -> Iterator[None]:
+        """Forward passes inside measure nothing (extra passes of a callback, say); contexts nest."""
+        self._tracker.gate.paused += 1
+        try:
+            yield
+        finally:
+            self._tracker.gate.paused -= 1
+
+    def remove_hooks(self) -> None:
+        """Stop measuring for good: the statistics stay as they are, and go on being used."""
+        self._tracker.detach()
+
+    def coverage(self) -> Coverage:
+        """Per parameter: preconditioned or passed through, and why. ``print(optimizer.coverage())``."""
+        owned = self._owned()
+        role: dict[int, tuple[bool, str]] = {}
+        for layer in self._tracker.layers:
+            weight, bias = layer.weight, layer.bias
+            if weight is None or id(weight) not in owned or not weight.requires_grad:
+                continue
+            takes_part = bias is not None and id(bias) in owned and bias.requires_grad
+            how = "P" if takes_part else f"rank-one P: {_why_alone(layer.bias, layer.modules, owned)}"
+            if self._tracker.broken(layer):
+                how += f"; no longer measured ({self._tracker.broken(layer)})"
+            elif not self._tracker.fired(layer) and layer not in self._tracker.ready:
+                how += "; no input seen yet, passes through until then"
+            role[id(weight)] = (True, how)
+            if bias is not None and takes_part:
+                role[id(bias)] = (True, f"P, with {layer.name}.{layer.adapter.weight_name}")
+        rows = []
+        known = set()
+        for name, p in self._model.named_parameters():
+            known.add(id(p))
+            on, why = role.get(id(p), (False, self._why_not(p, owned)))
+            rows.append(CoverageRow(clean_name(name), tuple(p.shape), on, why))
+        for g, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"]):
+                if id(p) not in known:
+                    rows.append(
+                        CoverageRow(f"group {g}, parameter {i}", tuple(p.shape), False, "no parameter of the model")
+                    )
+        return Coverage(tuple(rows))
+
+    def _why_not(self, parameter: Tensor, owned: set[int]) -> str:
+        if not parameter.requires_grad:
+            return "frozen"
+        if id(parameter) not in owned:
+            return "not in this optimizer's parameter groups"
+        return self._tracker.reasons.get(id(parameter), "its layer's weight is not in this optimizer, or frozen")
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({type(self.base_optimizer).__name__}, {len(self._tracker.layers)} layers, "
+            f"mode={self._form!r}, step_scale={self._options.step_scale!r}, stat_decay={self._options.stat_decay})"
+        )
+
+    # Checkpoints and copies
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base's ``state_dict()`` with the statistics beside each layer's weight; the base can load it too.
+
+        In the two-sided form the base's moments live in z: the plain base can load them, but its trajectory is
+        another one.
+        """
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        steps = self._progress["steps"]
+        state_dict = merge(self.base_optimizer.state_dict(), self.param_groups, self._tracker, steps)
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            state_dict = post_hook(self, state_dict) or state_dict
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a ``state_dict`` of ours, or of the plain base (the statistics then start anew).
+
+        Samples that wait for a step are dropped: their gradients are not in the checkpoint.
+
+        Raises:
+            ValueError: if it belongs to other layers, shapes or parameter groups. Nothing is loaded then.
+        """
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
+        loaded = split(state_dict, self.param_groups, self._tracker)
+        self.base_optimizer.load_state_dict(loaded.base)
+        self._tracker.reset()
+        for layer, snapshot in loaded.snapshots.items():
+            self._tracker.restore(layer, snapshot)
+        self._progress["steps"] = loaded.steps
+        self._tracker.gate.due = loaded.steps % self._settings["stat_interval"] == 0
+        if loaded.foreign:
+            self._warn_once(
+                "cold",
+                "this state_dict has no BNP statistics (it was saved by the plain optimizer): they start anew",
+            )
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        tracker = self._tracker
+        return {
+            "base_optimizer": self.base_optimizer,
+            "model": self._model,
+            "options": self._options,
+            "settings": self._settings,
+            "steps": self._progress["steps"],
+            "statistics": {layer.name: tracker.snapshot(layer) for layer in tracker.layers if layer in tracker.ready},
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._setup(state["base_optimizer"], state["model"], state["options"], state["settings"])
+        self._progress["steps"] = state["steps"]
+        self._tracker.gate.due = state["steps"] % self._settings["stat_interval"] == 0
+        for layer in self._tracker.layers:
+            if layer.name in state["statistics"]:
+                self._tracker.restore(layer, state["statistics"][layer.name])
+
+    # Warnings, each once
+
+    def _warn_at_the_door(self) -> None:
+        base = type(self.base_optimizer).__name__
+        if not self._tracker.layers:
+            self._warn_once(
+                "no layers",
+                f"no layer of the {type(self._model).__name__} has its weight in the groups of the {base}: every "
+                "gradient passes through unchanged. Check that the optimizer was built from this model's parameters",
+            )
+        if self._traits.adaptive and self._form == "gradient":
+            self._warn_once(
+                "mode",
+                f"mode='gradient' feeds P Pᵀ g to {base}, which rescales its gradient itself: expect less than from "
+                "the plain base. Use mode='auto' or 'two_sided'",
+            )
+        if (
+            self._form == "two_sided"
+            and self._traits.decoupled is None
+            and any(group.get("weight_decay", 0) for group in self.param_groups)
+        ):
+            self._warn_once(
+                "decay",
+                f"{base} is no optimizer of torch.optim: how its weight_decay acts is unknown, and in the two-sided "
+                "form it decays preconditioned coordinates. Set weight_decay=0 there if that is not wanted",
+            )
+
+    def _warn_if_unseen(self, live: list[LiveLayer]) -> None:
+        """Hooks added after a compiled model's first call are silently ignored by it."""
+        tracker = self._tracker
+        if "unseen" in self._warned or not live or not tracker.gate.open:
+            return
+        if any(tracker.fired(x.layer) or x.layer in tracker.ready for x in live):
+            self._warned.add("unseen")  # at least one forward was seen: all is well
+        elif any(float(group["lr"]) != 0 for group in self.param_groups if "lr" in group):
+            self._warn_once(
+                "unseen",
+                "gradients have come, but no forward pass of any preconditioned layer was seen: they pass through "
+                "unchanged. A compiled model ignores hooks that are added after its first call: wrap it before",
+            )
+
+    def _warn_once(self, key: str, message: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(f"BNPreconditioner: {message}.", stacklevel=4)
+
+
+def _has_dense_grad(parameter: Tensor) -> bool:
+    """Whether there is a gradient that can be changed in place; one whose entries share memory gets its own."""
+    grad = parameter.grad
+    if grad is None or grad.layout != torch.strided:
+        return False
+    if any(stride == 0 and size > 1 for stride, size in zip(grad.stride(), grad.shape, strict=True)):
+        parameter.grad = grad.clone(memory_format=torch.contiguous_format)
+    return True
+
+
+def _why_alone(bias: Tensor | None, modules: list[nn.Module], owned: set[int]) -> str:
+    if bias is None:
+        return "no bias" if all(m._parameters.get("bias") is None for m in modules) else "its tied biases differ"
+    return "its bias is frozen" if not bias.requires_grad else "its bias is not in this optimizer"
+
+
+def _check_objects(optimizer: Any, model: Any) -> None:
+    if isinstance(optimizer, BNPreconditioner):
+        raise TypeError("optimizer is already a BNPreconditioner: wrap the base optimizer once")
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}: build it first, such as "
+            "torch.optim.SGD(model.parameters(), lr=0.1)"
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: pass the module, not its output")
+    if needs_closure(optimizer):
+        raise TypeError(
+            f"optimizer {type(optimizer).__name__} evaluates the loss several times a step, so no gradient can be "
+            "preconditioned for it: use a first-order optimizer such as SGD or AdamW"
+        )
+    if any(isinstance(m, nn.DataParallel) for m in model.modules()):
+        raise TypeError(
+            "model contains nn.DataParallel, whose replicas no hook can follow: use DistributedDataParallel, or "
+            "wrap with the module inside"
+        )
+
+
+def _check_skip(skip: Any, model: nn.Module) -> None:
+    if isinstance(skip, (str, type, nn.Module)):
+        raise TypeError(f"skip must be a collection, got {skip!r}: write skip=[...]")
+    names = {clean_name(name) for name, _ in model.named_modules()}
+    for rule in skip:
+        if isinstance(rule, str):
+            if rule not in names:
+                raise ValueError(f"skip names {rule!r}, which is no module of the model: see model.named_modules()")
+        elif not (isinstance(rule, nn.Module) or (isinstance(rule, type) and issubclass(rule, nn.Module))):
+            raise TypeError(f"skip holds {rule!r}: give module classes, names or modules")
+
+
+def _check_range(name: str, value: Any, valid: bool, remedy: str) -> None:
+    if not valid:
+        raise ValueError(f"{name} is {value!r}, it must be {remedy}")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str | None, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}, it must be one of {', '.join(map(repr, choices))}")

@@ -1,0 +1,67 @@
+"""Every test starts from the same random numbers, on one thread; and helpers that several files share."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+
+@pytest.fixture(autouse=True)
+def _reproducible() -> None:
+    random.seed(0)
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+def mlp(*, bias: bool = True) -> nn.Sequential:
+    """4 → 6 → 3, always with the same weights; layers "0" and "2"."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        return nn.Sequential(nn.Linear(4, 6, bias=bias), nn.Tanh(), nn.Linear(6, 3, bias=bias))
+
+
+def inputs(steps: int, *, batch: int = 8, features: int = 4, seed: int = 1) -> list[Tensor]:
+    """Off-centre inputs in different scales, so that P is far from the identity."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.linspace(0.5, 2, features)
+    return [torch.randn(batch, features, generator=generator) * scale + 0.5 for _ in range(steps)]
+
+
+def backward(model: nn.Module, x: Tensor) -> Tensor:
+    """Leave a gradient; the loss is the mean square of the output."""
+    loss: Tensor = model(x).square().mean()
+    loss.backward()
+    return loss
+
+
+def train(model: nn.Module, optimizer: Any, data: Iterable[Tensor]) -> None:
+    for x in data:
+        optimizer.zero_grad()
+        backward(model, x)
+        optimizer.step()
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two nests of dicts, sequences, tensors and plain values are equal, NaN to NaN too."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return (
+            isinstance(a, Tensor)
+            and isinstance(b, Tensor)
+            and (a.dtype, a.shape) == (b.dtype, b.shape)
+            and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+        )
+    if isinstance(a, dict):
+        return isinstance(b, dict) and list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of everything in the model's ``state_dict``."""
+    return {name: value.clone() for name, value in model.state_dict().items()}

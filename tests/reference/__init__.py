@@ -1,0 +1,1 @@
+"""Slow, dense NumPy implementations that the package is compared with."""
