@@ -7,6 +7,7 @@ read the parameter (Adafactor's relative step, LAMB's and LARS's norms) see w in
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch.optim import Optimizer
 
-__all__ = ["BaseTraits", "needs_closure", "traits_of"]
+__all__ = ["BaseTraits", "enter", "leave", "needs_closure", "traits_of"]
 
 Form = Literal["gradient", "two_sided"]
 
@@ -77,9 +78,10 @@ def traits_of(base: Optimizer) -> BaseTraits:
     picks the gradient form.
     """
     for cls in type(base).__mro__:
-        if "step" in vars(cls):
-            known = _TABLE.get(cls.__name__) if getattr(torch.optim, cls.__name__, None) is cls else None
-            if known is not None:
+        known = _TABLE.get(cls.__name__)
+        if known is not None and getattr(torch.optim, cls.__name__, None) is cls:
+            # NOTE: torch wraps ``step`` of whichever class is built first, so compare what is inside
+            if inspect.unwrap(type(base).step) is inspect.unwrap(cls.step):
                 return known
             break
     if isinstance(base, torch.optim.SGD):
@@ -92,3 +94,33 @@ def needs_closure(base: Optimizer) -> bool:
     closure = inspect.signature(type(base).step).parameters.get("closure")
     required = closure is not None and closure.default is inspect.Parameter.empty
     return isinstance(base, torch.optim.LBFGS) or required
+
+
+def enter(base: Optimizer) -> Callable[[], Any]:
+    """Fire the base's own step pre-hooks, which see the raw gradients, and return its bare step.
+
+    Global hooks have fired for the wrapper already. A step that somebody patched onto the instance is left whole.
+    """
+    patched = base.__dict__.get("step")
+    if _is_foreign(patched):
+        return base.step
+    if patched is not None:
+        base._opt_called = True  # type: ignore[attr-defined]  # what a scheduler's patch is there for
+    step: Any = type(base).step
+    args: tuple[Any, ...] = (base,)
+    kwargs: dict[str, Any] = {}
+    for pre_hook in base._optimizer_step_pre_hooks.values():
+        args, kwargs = pre_hook(base, args, kwargs) or (args, kwargs)
+    return functools.partial(step.__wrapped__ if getattr(step, "hooked", False) else step, *args, **kwargs)
+
+
+def leave(base: Optimizer) -> None:
+    """Fire the base's own step post-hooks."""
+    if not _is_foreign(base.__dict__.get("step")):
+        for post_hook in base._optimizer_step_post_hooks.values():
+            post_hook(base, (base,), {})
+
+
+def _is_foreign(patched: Any) -> bool:
+    """Whether ``step`` was patched on the instance by anyone but a learning-rate scheduler."""
+    return patched is not None and not hasattr(patched, "_wrapped_by_lr_sched")

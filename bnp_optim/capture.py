@@ -36,6 +36,7 @@ class Gate:
 
     @property
     def open(self) -> bool:
+        """Whether the next forward is measured."""
         return self.due and not self.paused
 
 
@@ -87,7 +88,7 @@ class Intake:
         """Be told when ``weight``'s gradient is ready; follows a replaced parameter."""
         if self._watched is not weight:
             self.unwatch()
-            self._watch_handle = weight.register_hook(self._confirm)
+            self._watch_handle = weight.register_hook(self._confirm)  # type: ignore[no-untyped-call]
             self._watched = weight
 
     def unwatch(self) -> None:
@@ -177,6 +178,7 @@ class ForwardTap:
         self._gate = gate
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        """Measure the call that just happened, or do nothing."""
         if not self._gate.open or self._intake.broken or not torch.is_grad_enabled():
             return
         weight = module._parameters.get(self._adapter.weight_name)
@@ -185,7 +187,7 @@ class ForwardTap:
             return
         if torch.compiler.is_compiling():
             self._trace(module, input)
-        elif isinstance(output, Tensor) and not torch.jit.is_tracing() and _observable(input):
+        elif isinstance(output, Tensor) and _observable(input):
             self._observe(module, weight, input, output)
 
     def _observe(self, module: nn.Module, weight: Tensor, input: Tensor, output: Tensor) -> None:
@@ -225,20 +227,24 @@ class ForwardTap:
 class _InertTap:
     """What a copied module carries in place of its original's tap."""
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def __call__(self, module: nn.Module, *args: Any) -> None:
         if not torch.compiler.is_compiling():
-            drop_inert_taps(module)
+            _drop(module, [k for k, hook in module._forward_hooks.items() if hook is self])
 
 
 def drop_inert_taps(module: nn.Module) -> None:
     """Remove what a copy of a tapped module inherited."""
-    for key in [k for k, hook in module._forward_hooks.items() if isinstance(hook, _InertTap)]:
+    _drop(module, [k for k, hook in module._forward_hooks.items() if isinstance(hook, _InertTap)])
+
+
+def _drop(module: nn.Module, keys: list[int]) -> None:
+    for key in keys:
         del module._forward_hooks[key]
         module._forward_hooks_with_kwargs.pop(key, None)
 
 
 def _observable(input: Tensor) -> bool:
-    return is_plain(input) and not torch._C._are_functorch_transforms_active()
+    return is_plain(input) and not torch._C._are_functorch_transforms_active() and torch._C._get_tracing_state() is None
 
 
 def _project_exactly(adapter: LayerAdapter, module: nn.Module, input: Tensor, direction: Tensor) -> Projection:

@@ -29,7 +29,7 @@ class Loaded(NamedTuple):
         base: What the base optimizer loads.
         snapshots: Statistics by layer.
         steps: Steps taken, for ``stat_interval``; 0 if the checkpoint does not say.
-        foreign: Whether it looks like a checkpoint of the plain base: there is state, but no statistics.
+        foreign: Whether it looks like a checkpoint of the plain base, without a trace of statistics.
     """
 
     base: dict[str, Any]
@@ -56,8 +56,10 @@ def split(state_dict: Mapping[str, Any], groups: Iterable[dict[str, Any]], track
     Raises:
         ValueError: if it holds statistics of other layers or shapes, or of a newer format.
     """
-    header = state_dict.get("bnp", {})
-    if header.get("version", FORMAT_VERSION) > FORMAT_VERSION:
+    header = state_dict.get("bnp", {"version": FORMAT_VERSION, "steps": 0})
+    if not isinstance(header, dict) or not all(isinstance(header.get(key), int) for key in ("version", "steps")):
+        raise ValueError(f"state_dict['bnp'] is {header!r}, it must hold 'version' and 'steps': save it anew")
+    if header["version"] > FORMAT_VERSION:
         raise ValueError(
             f"state_dict has statistics in format version {header['version']}, this bnp_optim reads up to "
             f"{FORMAT_VERSION}: upgrade bnp_optim to load it"
@@ -88,14 +90,17 @@ def split(state_dict: Mapping[str, Any], groups: Iterable[dict[str, Any]], track
             _check(layer_at[key], ours, tracker)
             snapshots[layer_at[key]] = ours
     base = {k: v for k, v in state_dict.items() if k != "bnp"} | {"state": base_state}
-    foreign = bool(base_state) and not snapshots and "bnp" not in state_dict and bool(tracker.layers)
-    return Loaded(base, snapshots, int(header.get("steps", 0)), foreign)
+    foreign = not snapshots and "bnp" not in state_dict and bool(tracker.layers)
+    return Loaded(base, snapshots, header["steps"], foreign)
 
 
 def _check(layer: Layer, snapshot: Mapping[str, Tensor], tracker: Tracker) -> None:
-    missing = [key for key in _REQUIRED if key not in snapshot]
-    if missing:
-        raise ValueError(f"state_dict lacks {_PREFIX}{missing[0]} for layer {layer.name!r}: it is damaged, save it anew")
+    for key in {*_REQUIRED, *snapshot}:
+        if not isinstance(snapshot.get(key), Tensor):
+            raise ValueError(
+                f"state_dict has {snapshot.get(key)!r} for {_PREFIX}{key} of layer {layer.name!r}, where a tensor "
+                "belongs: it is damaged, save it anew"
+            )
     for key, shape in tracker.expected_shapes(layer).items():
         found = snapshot[key].shape if key in snapshot else shape
         if found != shape:

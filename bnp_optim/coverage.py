@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["Coverage", "CoverageRow"]
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from bnp_optim.discovery import Layer, clean_name
+from bnp_optim.tracking import Tracker
+
+__all__ = ["Coverage", "CoverageRow", "coverage_of"]
 
 
 @dataclass(frozen=True)
@@ -58,3 +65,54 @@ class Coverage:
         ]
         lines.insert(1, "  ".join("-" * w for w in (*widths, max(len(c[3]) for c in (head, *cells)))))
         return "\n".join([*lines, f"{len(self.preconditioned)} of {len(self.rows)} parameters preconditioned"])
+
+
+def coverage_of(model: nn.Module, tracker: Tracker, groups: Iterable[dict[str, Any]]) -> Coverage:
+    """What ``tracker`` does with the parameters of ``model`` and of the optimizer's ``groups``."""
+    owned = {id(p) for group in groups for p in group["params"]}
+    role: dict[int, str] = {}
+    for layer in tracker.layers:
+        weight, bias = layer.weight, layer.bias
+        if weight is None or id(weight) not in owned or not weight.requires_grad:
+            continue
+        takes_part = bias is not None and id(bias) in owned and bias.requires_grad
+        role[id(weight)] = ("P" if takes_part else f"rank-one P: {_why_alone(layer, owned)}") + _state(layer, tracker)
+        if bias is not None and takes_part:
+            role[id(bias)] = f"P, with {layer.name}.{layer.adapter.weight_name}".replace("with .", "with ")
+    rows = []
+    for name, p in model.named_parameters():
+        shape = () if is_lazy(p) else tuple(p.shape)
+        why = role.get(id(p)) or _why_not(p, tracker, owned)
+        rows.append(CoverageRow(clean_name(name), shape, id(p) in role, why))
+    known = {id(p) for p in model.parameters()}
+    for g, group in enumerate(groups):
+        for i, p in enumerate(group["params"]):
+            if id(p) not in known:
+                rows.append(
+                    CoverageRow(f"group {g}, parameter {i}", tuple(p.shape), False, "no parameter of the model")
+                )
+    return Coverage(tuple(rows))
+
+
+def _state(layer: Layer, tracker: Tracker) -> str:
+    broken = tracker.broken(layer)
+    if broken:
+        return f"; no longer measured ({broken})"
+    unseen = not tracker.fired(layer) and layer not in tracker.ready
+    return "; no input seen yet, passes through until then" if unseen else ""
+
+
+def _why_alone(layer: Layer, owned: set[int]) -> str:
+    bias = layer.bias
+    if bias is None:
+        without = all(m._parameters.get(layer.adapter.bias_name) is None for m in layer.modules)
+        return "no bias" if without else "its tied biases differ"
+    return "its bias is frozen" if not bias.requires_grad else "its bias is not in this optimizer"
+
+
+def _why_not(parameter: Tensor, tracker: Tracker, owned: set[int]) -> str:
+    if not parameter.requires_grad:
+        return "frozen"
+    if id(parameter) not in owned:
+        return "not in this optimizer's parameter groups"
+    return tracker.reasons.get(id(parameter), "its layer's weight is not in this optimizer, or frozen")

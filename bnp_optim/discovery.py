@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from bnp_optim.layers import LayerAdapter, Rows, adapter_for
 
@@ -59,6 +60,7 @@ def find_layers(model: nn.Module, skip: Collection[SkipRule] = ()) -> Findings:
     """Match every module of ``model`` against the registered layer types.
 
     Args:
+        model: Any module.
         skip: Module classes, names (as in ``named_modules``; a name covers what is inside it) or instances that
             are left alone.
     """
@@ -117,7 +119,7 @@ def _why_not(
         return "behind a parametrization"
     if adapter is None:
         return f"no rule for {type(module).__name__}"
-    if isinstance(weight, nn.parameter.UninitializedTensorMixin):
+    if weight is not None and is_lazy(weight):
         return "not initialized yet: run one forward pass, then call rescan()"
     if weight is None:
         return f"{adapter.weight_name!r} is not a parameter of the {type(module).__name__} (parametrized or pruned)"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import warnings
 from collections import OrderedDict
@@ -11,13 +10,14 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from bnp_optim.bases import needs_closure, traits_of
+from bnp_optim.bases import enter, leave, traits_of
 from bnp_optim.checkpoint import merge, split
-from bnp_optim.coverage import Coverage, CoverageRow
-from bnp_optim.discovery import SkipRule, clean_name
+from bnp_optim.checks import check_choice, check_number, check_objects, checked_skip
+from bnp_optim.coverage import Coverage, coverage_of
+from bnp_optim.discovery import SkipRule
 from bnp_optim.statistics import LayerStatistics, StatisticsOptions
 from bnp_optim.tracking import LiveLayer, Tracker
 from bnp_optim.transform import precondition
@@ -68,7 +68,7 @@ class BNPreconditioner(Optimizer):
 
     Raises:
         TypeError: if ``optimizer`` is no optimizer, is already a BNPreconditioner or calls the loss itself; if
-            ``model`` is no module or contains ``nn.DataParallel``.
+            ``model`` is no module or contains ``nn.DataParallel``; if an option is of the wrong type.
         ValueError: if an option is out of its range, or a name in ``skip`` fits no module.
     """
 
@@ -87,23 +87,28 @@ class BNPreconditioner(Optimizer):
         stat_interval: int = 1,
         skip: Collection[SkipRule] = (),
     ) -> None:
-        _check_objects(optimizer, model)
-        _check_range("stat_decay", stat_decay, 0 <= stat_decay < 1, "in [0, 1), such as 0.99")
-        _check_range("var_rel_eps", var_rel_eps, 0 <= var_rel_eps < math.inf, "at least 0, such as 1e-2")
-        _check_range("var_eps", var_eps, 0 < var_eps < math.inf, "above 0, such as 1e-4")
-        _check_choice("mode", mode, ("auto", "gradient", "two_sided"))
-        _check_choice("step_scale", step_scale, ("trace", "spectral", "fan_in", None))
-        _check_choice("variance", variance, ("total", "batch"))
-        whole = isinstance(stat_interval, int) and stat_interval >= 1
-        _check_range("stat_interval", stat_interval, whole, "an integer of at least 1")
-        _check_skip(skip, model)
+        if isinstance(optimizer, BNPreconditioner):
+            raise TypeError("optimizer is already a BNPreconditioner: wrap the base optimizer once")
+        check_objects(optimizer, model)
+        check_number("stat_decay", stat_decay, lambda x: 0 <= x < 1, "in [0, 1), such as 0.99")
+        check_number("var_rel_eps", var_rel_eps, lambda x: 0 <= x < math.inf, "at least 0, such as 1e-2")
+        check_number("var_eps", var_eps, lambda x: 0 < x < math.inf, "above 0, such as 1e-4")
+        check_choice("mode", mode, ("auto", "gradient", "two_sided"))
+        check_choice("step_scale", step_scale, ("trace", "spectral", "fan_in", None))
+        check_choice("variance", variance, ("total", "batch"))
+        check_number("stat_interval", stat_interval, lambda x: x >= 1 and x == int(x), "a whole number of at least 1")
+        rules = checked_skip(skip, model)
         self._setup(
             optimizer,
             model,
             StatisticsOptions(stat_decay, var_rel_eps, var_eps, step_scale, bool(debias), variance),
-            {"mode": mode, "stat_interval": stat_interval, "skip": tuple(skip)},
+            {"mode": mode, "stat_interval": int(stat_interval), "skip": rules},
         )
-        self._warn_at_the_door()
+        try:
+            self._warn_at_the_door()
+        except Warning:  # warnings as errors: leave the model as it was
+            self._tracker.detach()
+            raise
 
     @classmethod
     def paper(cls, optimizer: Optimizer, model: nn.Module, **options: Any) -> BNPreconditioner:
@@ -132,12 +137,28 @@ class BNPreconditioner(Optimizer):
         self._optimizer_load_state_dict_pre_hooks = OrderedDict()
         self._optimizer_load_state_dict_post_hooks = OrderedDict()
         self._patch_step_function()
-        self._tracker = Tracker(model, settings["skip"], options, self._owned())
+        self._tracking: dict[str, Any] = {"tracker": None, "restore": {}}
+
+    @property
+    def _tracker(self) -> Tracker:
+        """Hooks and statistics; made when first needed, since a copied model may still be under construction."""
+        tracker: Tracker | None = self._tracking["tracker"]
+        if tracker is None:
+            tracker = Tracker(self._model, self._settings["skip"], self._options, self._owned())
+            self._tracking["tracker"] = tracker
+            tracker.gate.due = self._measures_next()
+            for layer in tracker.layers:
+                if layer.name in self._tracking["restore"]:
+                    tracker.restore(layer, self._tracking["restore"][layer.name])
+        return tracker
+
+    def _measures_next(self) -> bool:
+        return bool(self._progress["steps"] % self._settings["stat_interval"] == 0)
 
     # The base's own objects. Lightning assigns to them, so they need setters.
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The base's parameter groups."""
         return self.base_optimizer.param_groups
 
@@ -155,7 +176,7 @@ class BNPreconditioner(Optimizer):
         self.base_optimizer.state = value
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         """The base's defaults."""
         return self.base_optimizer.defaults
 
@@ -165,7 +186,7 @@ class BNPreconditioner(Optimizer):
 
     # The algorithm
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Commit the statistics of the samples behind the gradients, precondition, and let the base step.
 
         Args:
@@ -176,21 +197,24 @@ class BNPreconditioner(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            live = self._live_layers()
+            base_step = enter(self.base_optimizer)
             tracker = self._tracker
+            live = tracker.live(self._owned())
+            self._warn_if_unseen(live)
             tracker.commit(live)
             live = [x for x in live if x.layer in tracker.ready]
             factors = [tracker.factors(x.layer) for x in live]
             if self._form == "two_sided":
-                step_in_z(self.base_optimizer, self._base_step, self._traits, live, factors)
+                step_in_z(self.base_optimizer, base_step, self._traits, live, factors)
             else:
                 for x, f in zip(live, factors, strict=True):
                     assert x.weight.grad is not None
                     bias = None if x.bias is None else x.bias.grad
                     apply_on_rows(precondition, x.layer.adapter, x.layer.rows, x.weight.grad, bias, f)
-                self._base_step()
+                base_step()
+            leave(self.base_optimizer)
         self._progress["steps"] += 1
-        tracker.gate.due = self._progress["steps"] % self._settings["stat_interval"] == 0
+        tracker.gate.due = self._measures_next()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -201,48 +225,15 @@ class BNPreconditioner(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base; layers whose weights it brings are preconditioned from now on."""
         self.base_optimizer.add_param_group(param_group)
-        self.rescan()
+        if self._tracker.attached:
+            self.rescan()
 
     def rescan(self) -> None:
         """Look for layers again, after modules were replaced; known layers keep their statistics."""
         self._tracker.rescan(self._owned())
 
-    def _live_layers(self) -> list[LiveLayer]:
-        """The layers whose weight has a gradient and is ours, found by identity at each step."""
-        owned = self._owned()
-        live = []
-        for layer in self._tracker.layers:
-            weight = layer.weight
-            if weight is None or id(weight) not in owned or not _has_dense_grad(weight):
-                continue
-            bias = layer.bias
-            takes_part = bias is not None and id(bias) in owned and _has_dense_grad(bias)
-            live.append(LiveLayer(layer, weight, bias if takes_part else None))
-        self._warn_if_unseen(live)
-        return live
-
     def _owned(self) -> set[int]:
         return {id(p) for group in self.param_groups for p in group["params"]}
-
-    def _base_step(self) -> None:
-        """The base's step with the base's own hooks; global hooks have fired for us already."""
-        base = self.base_optimizer
-        patched = base.__dict__.get("step")
-        if patched is not None:
-            if not hasattr(patched, "_wrapped_by_lr_sched"):
-                base.step()
-                return
-            base._opt_called = True  # type: ignore[attr-defined]  # what the scheduler's patch is there for
-        step: Any = type(base).step
-        args: tuple[Any, ...] = ()
-        kwargs: dict[str, Any] = {}
-        for pre_hook in base._optimizer_step_pre_hooks.values():
-            changed = pre_hook(base, args, kwargs)
-            if changed is not None:
-                args, kwargs = changed
-        (step.__wrapped__ if getattr(step, "hooked", False) else step)(base, *args, **kwargs)
-        for post_hook in base._optimizer_step_post_hooks.values():
-            post_hook(base, args, kwargs)
 
     # Statistics and reports
 
@@ -261,46 +252,12 @@ class BNPreconditioner(Optimizer):
             self._tracker.gate.paused -= 1
 
     def remove_hooks(self) -> None:
-        """Stop measuring for good: the statistics stay as they are, and go on being used."""
+        """Stop measuring: the statistics stay as they are, and go on being used, until ``rescan()``."""
         self._tracker.detach()
 
     def coverage(self) -> Coverage:
         """Per parameter: preconditioned or passed through, and why. ``print(optimizer.coverage())``."""
-        owned = self._owned()
-        role: dict[int, tuple[bool, str]] = {}
-        for layer in self._tracker.layers:
-            weight, bias = layer.weight, layer.bias
-            if weight is None or id(weight) not in owned or not weight.requires_grad:
-                continue
-            takes_part = bias is not None and id(bias) in owned and bias.requires_grad
-            how = "P" if takes_part else f"rank-one P: {_why_alone(layer.bias, layer.modules, owned)}"
-            if self._tracker.broken(layer):
-                how += f"; no longer measured ({self._tracker.broken(layer)})"
-            elif not self._tracker.fired(layer) and layer not in self._tracker.ready:
-                how += "; no input seen yet, passes through until then"
-            role[id(weight)] = (True, how)
-            if bias is not None and takes_part:
-                role[id(bias)] = (True, f"P, with {layer.name}.{layer.adapter.weight_name}")
-        rows = []
-        known = set()
-        for name, p in self._model.named_parameters():
-            known.add(id(p))
-            on, why = role.get(id(p), (False, self._why_not(p, owned)))
-            rows.append(CoverageRow(clean_name(name), tuple(p.shape), on, why))
-        for g, group in enumerate(self.param_groups):
-            for i, p in enumerate(group["params"]):
-                if id(p) not in known:
-                    rows.append(
-                        CoverageRow(f"group {g}, parameter {i}", tuple(p.shape), False, "no parameter of the model")
-                    )
-        return Coverage(tuple(rows))
-
-    def _why_not(self, parameter: Tensor, owned: set[int]) -> str:
-        if not parameter.requires_grad:
-            return "frozen"
-        if id(parameter) not in owned:
-            return "not in this optimizer's parameter groups"
-        return self._tracker.reasons.get(id(parameter), "its layer's weight is not in this optimizer, or frozen")
+        return coverage_of(self._model, self._tracker, self.param_groups)
 
     def __repr__(self) -> str:
         return (
@@ -341,7 +298,7 @@ class BNPreconditioner(Optimizer):
         for layer, snapshot in loaded.snapshots.items():
             self._tracker.restore(layer, snapshot)
         self._progress["steps"] = loaded.steps
-        self._tracker.gate.due = loaded.steps % self._settings["stat_interval"] == 0
+        self._tracker.gate.due = self._measures_next()
         if loaded.foreign:
             self._warn_once(
                 "cold",
@@ -364,10 +321,10 @@ class BNPreconditioner(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._setup(state["base_optimizer"], state["model"], state["options"], state["settings"])
         self._progress["steps"] = state["steps"]
-        self._tracker.gate.due = state["steps"] % self._settings["stat_interval"] == 0
-        for layer in self._tracker.layers:
-            if layer.name in state["statistics"]:
-                self._tracker.restore(layer, state["statistics"][layer.name])
+        self._tracking["restore"] = state["statistics"]
+        if "_modules" in state["model"].__dict__:
+            _ = self._tracker  # hooks from the copy's first forward on
+        # otherwise the model holds this optimizer, is being copied itself, and follows at the first use
 
     # Warnings, each once
 
@@ -414,63 +371,3 @@ class BNPreconditioner(Optimizer):
         if key not in self._warned:
             self._warned.add(key)
             warnings.warn(f"BNPreconditioner: {message}.", stacklevel=4)
-
-
-def _has_dense_grad(parameter: Tensor) -> bool:
-    """Whether there is a gradient that can be changed in place; one whose entries share memory gets its own."""
-    grad = parameter.grad
-    if grad is None or grad.layout != torch.strided:
-        return False
-    if any(stride == 0 and size > 1 for stride, size in zip(grad.stride(), grad.shape, strict=True)):
-        parameter.grad = grad.clone(memory_format=torch.contiguous_format)
-    return True
-
-
-def _why_alone(bias: Tensor | None, modules: list[nn.Module], owned: set[int]) -> str:
-    if bias is None:
-        return "no bias" if all(m._parameters.get("bias") is None for m in modules) else "its tied biases differ"
-    return "its bias is frozen" if not bias.requires_grad else "its bias is not in this optimizer"
-
-
-def _check_objects(optimizer: Any, model: Any) -> None:
-    if isinstance(optimizer, BNPreconditioner):
-        raise TypeError("optimizer is already a BNPreconditioner: wrap the base optimizer once")
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}: build it first, such as "
-            "torch.optim.SGD(model.parameters(), lr=0.1)"
-        )
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: pass the module, not its output")
-    if needs_closure(optimizer):
-        raise TypeError(
-            f"optimizer {type(optimizer).__name__} evaluates the loss several times a step, so no gradient can be "
-            "preconditioned for it: use a first-order optimizer such as SGD or AdamW"
-        )
-    if any(isinstance(m, nn.DataParallel) for m in model.modules()):
-        raise TypeError(
-            "model contains nn.DataParallel, whose replicas no hook can follow: use DistributedDataParallel, or "
-            "wrap with the module inside"
-        )
-
-
-def _check_skip(skip: Any, model: nn.Module) -> None:
-    if isinstance(skip, (str, type, nn.Module)):
-        raise TypeError(f"skip must be a collection, got {skip!r}: write skip=[...]")
-    names = {clean_name(name) for name, _ in model.named_modules()}
-    for rule in skip:
-        if isinstance(rule, str):
-            if rule not in names:
-                raise ValueError(f"skip names {rule!r}, which is no module of the model: see model.named_modules()")
-        elif not (isinstance(rule, nn.Module) or (isinstance(rule, type) and issubclass(rule, nn.Module))):
-            raise TypeError(f"skip holds {rule!r}: give module classes, names or modules")
-
-
-def _check_range(name: str, value: Any, valid: bool, remedy: str) -> None:
-    if not valid:
-        raise ValueError(f"{name} is {value!r}, it must be {remedy}")
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str | None, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}, it must be one of {', '.join(map(repr, choices))}")

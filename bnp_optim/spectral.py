@@ -51,7 +51,7 @@ def initial_direction(rows: Rows, layer: int, *, device: torch.device, dtype: to
     """A fixed random direction (groups, 1 + fan_in), bias first; the global random numbers stay untouched."""
     generator = torch.Generator().manual_seed(layer)
     u = torch.randn(rows.groups, 1 + rows.fan_in, generator=generator, dtype=torch.float64)
-    return (u / u.norm(dim=1, keepdim=True)).to(device=device, dtype=dtype)
+    return (u / u.square().sum(1, keepdim=True).sqrt()).to(device=device, dtype=dtype)
 
 
 def project(adapter: LayerAdapter, module: nn.Module, input: Tensor, direction: Tensor) -> Projection:
@@ -63,12 +63,12 @@ def project(adapter: LayerAdapter, module: nn.Module, input: Tensor, direction: 
     return Projection(z, y2.sum(1), y2.square().sum(1), y2.shape[1])
 
 
-def power_step(
-    total: Projection, factors: Factors, *, affine: bool, direction: Tensor, active: Tensor
-) -> Tensor:
+def power_step(total: Projection, factors: Factors, *, affine: bool, direction: Tensor, active: Tensor) -> Tensor:
     """Close the power step; updates ``direction`` in place and returns q², a scalar tensor.
 
     Args:
+        total: The step's sums.
+        direction: u, (groups, 1 + fan_in).
         factors: The newest μ, 1/σ̃; its q² is ignored (P is taken at q = 1).
         affine: Whether the bias takes part in P.
         active: Whether the step's samples count (a bool scalar tensor); if not, ``direction`` stays.

@@ -128,9 +128,9 @@ class StatisticsBank:
         # Σ over channels to E over one row's inputs: K/groups
         self._taps_per_group = torch.tensor([r.taps / r.groups for r in self.rows], device=device, dtype=dtype)
         self._fan_in = torch.tensor([float(r.fan_in) for r in self.rows], device=device, dtype=dtype)
-        self.means = self.mean.split(sizes)
-        self.variances = self.variance.split(sizes)
-        self._inv_stds = self.inv_std.split(sizes)
+        self.means = torch.split(self.mean, sizes)
+        self.variances = torch.split(self.variance, sizes)
+        self._inv_stds = torch.split(self.inv_std, sizes)
 
     def gather(self, batch: Sequence[Moments | None]) -> Tensor:
         """Lay the step's samples side by side, one entry per layer; None leaves a layer as it is.

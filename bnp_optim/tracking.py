@@ -46,20 +46,25 @@ class Tracker:
         self._watching: list[Intake] = []
         # the lists are shared, not copied: whatever is attached later is detached too
         weakref.finalize(self, _detach, self._handles, self._watching).atexit = False
+        self._intakes: dict[Layer, Intake] = {}
         self._attach(owned)
 
     def _attach(self, owned: Collection[int]) -> None:
+        known = {(id(x.modules[0]), x.rows): intake for x, intake in self._intakes.items()}
+        self.attached = True
         findings = find_layers(self._model, self._skip)
         self._owned = frozenset(owned)
         self.reasons = findings.reasons
         self.layers = [x for x in findings.layers if x.weight is not None and id(x.weight) in owned]
         self.ready: set[Layer] = set()
-        self._intakes: dict[Layer, Intake] = {}
+        self._intakes = {}
         for i, layer in enumerate(self.layers):
             device, dtype = _home(layer)
-            intake = Intake(layer.rows, device=device, dtype=dtype)
-            if self.options.step_scale == "spectral":
-                intake.direction = self._initial_direction(i, device, dtype)
+            intake = known.get((id(layer.modules[0]), layer.rows))  # with what waits in it
+            if intake is None:
+                intake = Intake(layer.rows, device=device, dtype=dtype)
+                if self.options.step_scale == "spectral":
+                    intake.direction = self._initial_direction(i, device, dtype)
             self._intakes[layer] = intake
             self._watching.append(intake)
             for module in layer.modules:
@@ -69,10 +74,15 @@ class Tracker:
         self._build_banks()
 
     def rescan(self, owned: Collection[int]) -> None:
-        """Look for layers again; those that were known keep their statistics."""
+        """Look for layers again; those that were known keep their statistics and their pending samples."""
         kept = [(layer, self.snapshot(layer)) for layer in self.layers if layer in self.ready]
-        self.detach()
+        before = list(self._watching)
+        self._watching.clear()
+        _detach(self._handles, [])
         self._attach(owned)
+        for intake in before:
+            if not any(intake is other for other in self._watching):
+                intake.unwatch()
         for old, snapshot in kept:
             for new in self.layers:
                 if new.modules[0] is old.modules[0] and new.rows == old.rows:
@@ -80,7 +90,19 @@ class Tracker:
 
     def detach(self) -> None:
         """Remove every hook; the statistics stay as they are."""
+        self.attached = False
         _detach(self._handles, self._watching)
+
+    def live(self, owned: Collection[int]) -> list[LiveLayer]:
+        """The layers whose weight has a gradient and is among the ``owned`` parameters (ids), as of now."""
+        live = []
+        for layer in self.layers:
+            weight, bias = layer.weight, layer.bias
+            if weight is None or id(weight) not in owned or not _has_dense_grad(weight):
+                continue
+            takes_part = bias is not None and id(bias) in owned and _has_dense_grad(bias)
+            live.append(LiveLayer(layer, weight, bias if takes_part else None))
+        return live
 
     def fired(self, layer: Layer) -> bool:
         """Whether a forward of the layer was ever seen."""
@@ -223,6 +245,16 @@ def _home(layer: Layer) -> tuple[torch.device, torch.dtype]:
     if weight is None:
         return torch.device("cpu"), torch.float32
     return weight.device, torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def _has_dense_grad(parameter: Tensor) -> bool:
+    """Whether there is a gradient that can be changed in place; one whose entries share memory gets its own."""
+    grad = parameter.grad
+    if grad is None or grad.layout != torch.strided:
+        return False
+    if any(stride == 0 and size > 1 for stride, size in zip(grad.stride(), grad.shape, strict=True)):
+        parameter.grad = grad.clone(memory_format=torch.contiguous_format)
+    return True
 
 
 def _detach(handles: list[RemovableHandle], watching: list[Intake]) -> None:

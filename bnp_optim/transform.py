@@ -91,7 +91,7 @@ def from_z(weight: Tensor, bias: Tensor | None, f: Factors) -> None:
 
 
 def _add_outer(weight: Tensor, rows: Tensor, columns: Tensor) -> None:
-    """weight += rows ⊗ columns, block by block."""
+    """In place, weight += rows ⊗ columns, block by block."""
     weight.baddbmm_(rows.unsqueeze(2), columns.unsqueeze(1))
 
 

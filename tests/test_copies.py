@@ -29,6 +29,7 @@ def test_a_model_that_holds_its_optimizer_can_be_copied() -> None:
     model = mlp()
     model.optimizer = BNPreconditioner(torch.optim.SGD(model.parameters(), lr=0.1), model)
     clone = copy.deepcopy(model)
+    clone.optimizer.zero_grad()  # type: ignore[operator, union-attr]  # attaches: the model is whole only now
     backward(clone, inputs(1)[0])
     clone.optimizer.step()  # type: ignore[operator, union-attr]
     assert clone.optimizer.statistics["0"].count == 8  # type: ignore[union-attr, index]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bnp_optim import BNPreconditioner
 from tests.cases import LAYERS, LayerCase
@@ -68,9 +68,7 @@ class Twin:
         return g_w, None if self.double.bias is None else self.double.bias.grad.numpy()
 
 
-def assert_close(
-    found: list[Tensor], expected: list[np.ndarray], tolerance: float, scale: float, what: str
-) -> None:
+def assert_close(found: list[Tensor], expected: list[np.ndarray], tolerance: float, scale: float, what: str) -> None:
     scale = max(scale, *(np.abs(e).max() for e in expected))
     error = max(np.abs(f.double().numpy() - e).max() for f, e in zip(found, expected, strict=True))
     assert error <= tolerance * scale, f"{what}: error {error:.3g}, largest entry {scale:.3g}"

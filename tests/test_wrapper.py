@@ -53,9 +53,7 @@ def test_hooks_of_the_base_see_its_own_groups() -> None:
 def test_a_subclass_is_known_whoever_was_built_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch patches ``step`` into the class of the first instance: still the same algorithm."""
     step = torch.optim.Adamax.step
-    monkeypatch.setattr(
-        torch.optim.Adamax, "step", getattr(step, "__wrapped__", step)
-    )  # as in a fresh process
+    monkeypatch.setattr(torch.optim.Adamax, "step", getattr(step, "__wrapped__", step))  # as in a fresh process
 
     class Mine(torch.optim.Adamax):
         pass

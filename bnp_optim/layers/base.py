@@ -49,11 +49,11 @@ class Samples(NamedTuple):
     Args:
         values: Tensor with the observations in dimension 0, the input channels in dimension 1, and any further
             dimensions (positions) behind them.
-        count: ``N``, the samples that the mini-batch holds for ``q² = max(·/N, 1)``.
+        size: ``N``, the samples that the mini-batch holds for ``q² = max(·/N, 1)``.
     """
 
     values: Tensor
-    count: int
+    size: int
 
 
 class LayerAdapter(ABC):
@@ -86,8 +86,7 @@ class LayerAdapter(ABC):
     def respond(self, module: nn.Module, input: Tensor, direction: Tensor) -> Tensor:
         """``y = A u``: the layer's output for one weight row per group, ``(samples, groups, positions)``.
 
-        Args:
-            direction: ``(groups, fan_in)``, without bias.
+        ``direction`` is ``(groups, fan_in)``, without bias.
         """
 
     @abstractmethod

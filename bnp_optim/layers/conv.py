@@ -34,8 +34,8 @@ class ConvAdapter(LayerAdapter):
         kernel = direction.view(conv.groups, -1, *conv.kernel_size)
         input, padding = self._padded(conv, input)
         apply = _CONV[len(conv.kernel_size)]
-        y = apply(input, kernel, None, conv.stride, padding, conv.dilation, conv.groups)  # type: ignore[operator]
-        return cast(Tensor, y).flatten(2)
+        y = apply(input, kernel, None, conv.stride, padding, conv.dilation, conv.groups)
+        return y.flatten(2)
 
     def correlate(self, module: nn.Module, input: Tensor, response: Tensor) -> Tensor:
         conv = cast("nn.modules.conv._ConvNd", module)

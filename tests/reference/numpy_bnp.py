@@ -110,8 +110,7 @@ class ReferenceLayer:
         for sample in x:
             for position in itertools.product(*(range(size) for size in out)):
                 window = tuple(
-                    slice(p * s, p * s + r, d)
-                    for p, s, r, d in zip(position, stride, reach, dilation, strict=True)
+                    slice(p * s, p * s + r, d) for p, s, r, d in zip(position, stride, reach, dilation, strict=True)
                 )
                 rows.append(sample[(slice(None), *window)].reshape(-1))
         return np.array(rows, dtype=np.float64).reshape(-1, self.fan_in)
