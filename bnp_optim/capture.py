@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from bnp_optim.layers import LayerAdapter, Rows, is_plain
 from bnp_optim.spectral import Projection, project
-from bnp_optim.statistics import Moments, merge_moments, moments
+from bnp_optim.statistics import Moments, merge_moments, moments, statistics_dtype
 
 __all__ = ["ForwardTap", "Gate", "Intake"]
 
@@ -56,14 +56,14 @@ class Intake:
 
     Args:
         rows: Geometry that samples must match; others are ignored.
-        dtype: In which sums are formed.
+        device: Where the layer is.
+        dtype: Of the buffers for compiled graphs and of the spectral direction.
     """
 
     def __init__(self, rows: Rows, *, device: torch.device, dtype: torch.dtype) -> None:
         self.rows = rows
-        self.dtype = dtype
         self.direction: Tensor | None = None  # warm start of the spectral step scale, else None
-        self.fired = False  # whether any forward was ever seen
+        self.fired = False  # whether any forward was ever seen, measurable or not
         self.traced = False  # whether a compiled forward ran since the last step
         self.broken: str | None = None  # why the layer is not measured any more
         self._arrived: dict[int, list[_Batch]] = {}  # by backward pass: a reentrant one runs inside another
@@ -77,7 +77,6 @@ class Intake:
 
     def move(self, device: torch.device, dtype: torch.dtype) -> None:
         """Follow the layer to another device or dtype."""
-        self.dtype = dtype
         self.traced_counts = self.traced_counts.to(device, dtype)
         self.traced_mean = self.traced_mean.to(device, dtype)
         self.traced_m2 = self.traced_m2.to(device, dtype)
@@ -185,6 +184,7 @@ class ForwardTap:
         input = args[0] if args else kwargs.get("input")
         if weight is None or not weight.requires_grad or not isinstance(input, Tensor):
             return
+        self._intake.fired = True
         if torch.compiler.is_compiling():
             self._trace(module, input)
         elif isinstance(output, Tensor) and _observable(input):
@@ -194,15 +194,16 @@ class ForwardTap:
         intake = self._intake
         try:
             input = input.detach()
-            values, count = self._adapter.samples(module, input)
+            values, size = self._adapter.samples(module, input)
             if values.numel() == 0 or values.shape[1] != intake.rows.statistics:
                 return
-            batch = _Batch(moments(values, count, intake.dtype), None)
+            batch = _Batch(moments(values, size, statistics_dtype(weight)), None)
             if intake.direction is not None:
-                batch.projection = _project_exactly(self._adapter, module, input, intake.direction)
+                batch.projection = _project_exactly(
+                    self._adapter, module, input, intake.direction.to(input.device, statistics_dtype(weight))
+                )
             intake.watch(weight)
             intake.expect(batch, output)
-            intake.fired = True
         except Exception as error:  # the user's forward comes first
             intake.broken = f"{type(error).__name__}: {error}"
             warnings.warn(
@@ -212,10 +213,10 @@ class ForwardTap:
             )
 
     def _trace(self, module: nn.Module, input: Tensor) -> None:
-        values, count = self._adapter.samples(module, input.detach())
+        values, size = self._adapter.samples(module, input.detach())
         if values.numel() and values.shape[1] == self._intake.rows.statistics:
-            self._intake.trace(moments(values, count, self._intake.dtype))
-            self._intake.traced = self._intake.fired = True
+            self._intake.trace(moments(values, size, self._intake.traced_mean.dtype))
+            self._intake.traced = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _InertTap:
         return _InertTap()
@@ -250,4 +251,4 @@ def _observable(input: Tensor) -> bool:
 def _project_exactly(adapter: LayerAdapter, module: nn.Module, input: Tensor, direction: Tensor) -> Projection:
     """Autocast would make these products half precision."""
     with torch.autocast(input.device.type, enabled=False):
-        return project(adapter, module, input, direction.to(input.device))
+        return project(adapter, module, input, direction)

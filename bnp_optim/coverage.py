@@ -98,8 +98,7 @@ def _state(layer: Layer, tracker: Tracker) -> str:
     broken = tracker.broken(layer)
     if broken:
         return f"; no longer measured ({broken})"
-    unseen = not tracker.fired(layer) and layer not in tracker.ready
-    return "; no input seen yet, passes through until then" if unseen else ""
+    return "" if layer in tracker.ready else "; no samples yet, passes through until then"
 
 
 def _why_alone(layer: Layer, owned: set[int]) -> str:

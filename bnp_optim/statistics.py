@@ -21,7 +21,15 @@ from torch import Tensor
 from bnp_optim.layers import Rows
 from bnp_optim.transform import Factors
 
-__all__ = ["LayerStatistics", "Moments", "StatisticsBank", "StatisticsOptions", "merge_moments", "moments"]
+__all__ = [
+    "LayerStatistics",
+    "Moments",
+    "StatisticsBank",
+    "StatisticsOptions",
+    "merge_moments",
+    "moments",
+    "statistics_dtype",
+]
 
 
 class Moments(NamedTuple):
@@ -51,6 +59,11 @@ def moments(values: Tensor, samples: int, dtype: torch.dtype) -> Moments:
     mean = values.mean(dims, keepdim=True)
     deviation = values - mean
     return Moments(samples, observations, mean.flatten(), (deviation * deviation).sum(dims))
+
+
+def statistics_dtype(weight: Tensor) -> torch.dtype:
+    """In which precision a layer's statistics are kept: float32, or float64 where the layer is."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 def merge_moments(parts: Sequence[Moments]) -> Moments:

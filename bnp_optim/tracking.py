@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from bnp_optim.capture import ForwardTap, Gate, Intake, drop_inert_taps
 from bnp_optim.discovery import Layer, SkipRule, find_layers
 from bnp_optim.spectral import initial_direction, power_step
-from bnp_optim.statistics import LayerStatistics, StatisticsBank, StatisticsOptions
+from bnp_optim.statistics import LayerStatistics, StatisticsBank, StatisticsOptions, statistics_dtype
 from bnp_optim.transform import Factors
 
 __all__ = ["LiveLayer", "Tracker"]
@@ -201,7 +201,7 @@ class Tracker:
             intake = self._intakes[layer]
             intake.take()
             if intake.direction is not None:
-                intake.direction.copy_(self._initial_direction(i, intake.direction.device, intake.dtype))
+                intake.direction.copy_(self._initial_direction(i, *_home(layer)))
         self.ready.clear()
         self._build_banks()
 
@@ -244,7 +244,7 @@ def _home(layer: Layer) -> tuple[torch.device, torch.dtype]:
     weight = layer.weight
     if weight is None:
         return torch.device("cpu"), torch.float32
-    return weight.device, torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return weight.device, statistics_dtype(weight)
 
 
 def _has_dense_grad(parameter: Tensor) -> bool:

@@ -65,3 +65,30 @@ def same(a: Any, b: Any) -> bool:
 def weights(model: nn.Module) -> dict[str, Tensor]:
     """A copy of everything in the model's ``state_dict``."""
     return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def identity_statistics(optimizer: Any) -> None:
+    """Load statistics under which P = I to the last bit.
+
+    Build ``optimizer`` with the options in ``IDENTITY``, and train it inside ``pause_statistics()``.
+    """
+    index = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    checkpoint = optimizer.state_dict()
+    for layer in optimizer._tracker.layers:
+        entries = {
+            "bnp_mean": torch.zeros(layer.rows.statistics),
+            "bnp_variance": torch.ones(layer.rows.statistics),
+            "bnp_count": torch.tensor(10**6),
+            "bnp_mass": torch.tensor(100.0),
+            "bnp_q2": torch.tensor(1.0),
+        }
+        checkpoint["state"].setdefault(index[id(layer.weight)], {}).update(entries)
+    optimizer.load_state_dict(checkpoint)
+
+
+IDENTITY: dict[str, Any] = {"var_rel_eps": 0.0, "var_eps": 1e-30, "step_scale": None}
+
+
+def hook_count(model: nn.Module) -> int:
+    """Forward hooks on any module of ``model``."""
+    return sum(len(m._forward_hooks) for m in model.modules())
