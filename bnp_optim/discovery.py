@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from bnp_optim.layers import LayerAdapter, Rows, adapter_for
 
@@ -39,7 +40,9 @@ class Layer:
         """The weight as it is now; None if the modules no longer share one of the shape that was found."""
         found = {id(w): w for w in (m._parameters.get(self.adapter.weight_name) for m in self.modules)}
         weight = next(iter(found.values()))
-        return weight if len(found) == 1 and weight is not None and weight.shape == self.shape else None
+        if len(found) != 1 or weight is None or weight.shape != self.shape or is_traceable_wrapper_subclass(weight):
+            return None
+        return weight
 
     @property
     def bias(self) -> Tensor | None:
@@ -123,6 +126,8 @@ def _why_not(
         return "not initialized yet: run one forward pass, then call rescan()"
     if weight is None:
         return f"{adapter.weight_name!r} is not a parameter of the {type(module).__name__} (parametrized or pruned)"
+    if is_traceable_wrapper_subclass(weight):
+        return f"its weight is a {type(weight).__name__}, which is not supported yet"
     if not weight.is_floating_point():
         return f"not a real floating-point weight ({str(weight.dtype).removeprefix('torch.')})"
     return None

@@ -200,7 +200,7 @@ class BNPreconditioner(Optimizer):
             base_step = enter(self.base_optimizer)
             tracker = self._tracker
             live = tracker.live(self._owned())
-            self._warn_if_unseen(live)
+            self._warn_at_first_step(live)
             tracker.commit(live)
             live = [x for x in live if x.layer in tracker.ready]
             factors = [tracker.factors(x.layer) for x in live]
@@ -353,9 +353,17 @@ class BNPreconditioner(Optimizer):
                 "form it decays preconditioned coordinates. Set weight_decay=0 there if that is not wanted",
             )
 
-    def _warn_if_unseen(self, live: list[LiveLayer]) -> None:
-        """Hooks added after a compiled model's first call are silently ignored by it."""
+    def _warn_at_first_step(self, live: list[LiveLayer]) -> None:
+        """What shows only now: ranks without synchronization, and hooks that a compiled model ignores."""
         tracker = self._tracker
+        if live and torch.distributed.is_available() and torch.distributed.is_initialized():
+            ranks = torch.distributed.get_world_size()
+            if ranks > 1:
+                self._warn_once(
+                    "ranks",
+                    f"{ranks} processes train together, but statistics are not shared between them yet: in data "
+                    "parallel training the ranks' parameters will drift apart. Train in one process",
+                )
         if "unseen" in self._warned or not live or not tracker.gate.open:
             return
         if any(tracker.fired(x.layer) or x.layer in tracker.ready for x in live):

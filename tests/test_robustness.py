@@ -164,6 +164,18 @@ def test_replaced_parameters_are_followed() -> None:
     assert count(a) == 48
 
 
+def test_wrapper_subclass_weights_pass_through() -> None:
+    """DTensor and the like: what P would mean on their local parts is not built yet."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    model = mlp()
+    weight = model[0].weight.detach()
+    model[0].weight = nn.Parameter(TwoTensor(weight, weight.clone()))
+    optimizer = wrap(model)
+    assert list(optimizer.statistics) == ["2"]
+    assert optimizer.coverage()["0.weight"].why == "its weight is a TwoTensor, which is not supported yet"
+
+
 def test_a_grown_layer_passes_through_until_rescan() -> None:
     model = mlp()
     optimizer = wrap(model)
