@@ -121,7 +121,6 @@ class Intake:
         """The samples whose gradient is in ``.grad`` now, once: they are gone afterwards."""
         batches = self._confirmed
         self.discard()
-        self._arrived.clear()
         if batches:
             projections = [b.projection for b in batches if b.projection is not None]
             return merge_moments([b.moments for b in batches]), _total(projections)
@@ -133,7 +132,11 @@ class Intake:
         return None, None
 
     def discard(self) -> None:
-        """The gradient is gone, and with it the samples that it was made of."""
+        """The gradient is gone, and with it the samples that it was made of (never called inside a backward)."""
+        self._forget_gradient()
+        self._arrived.clear()
+
+    def _forget_gradient(self) -> None:
         self._confirmed = []
         self._lifetime += 1
 
@@ -150,7 +153,7 @@ class Intake:
     def _confirm(self, grad: Tensor) -> None:
         weight = self._watched
         if weight is not None and weight.grad is None and self._confirmed:
-            self.discard()
+            self._forget_gradient()
         for batch in self._arrived.pop(torch._C._current_graph_task_id(), ()):
             if batch.counted != self._lifetime:
                 batch.counted = self._lifetime

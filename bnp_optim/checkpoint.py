@@ -42,11 +42,19 @@ def merge(base: Mapping[str, Any], groups: Iterable[dict[str, Any]], tracker: Tr
     """The base's ``state_dict()`` with the statistics in it; ``base`` is not changed."""
     state = {key: dict(value) if isinstance(value, dict) else value for key, value in base["state"].items()}
     index = _indices(groups)
+    stateless = not state and steps > 0
     for layer in tracker.layers:
         weight = layer.weight
-        if layer in tracker.ready and weight is not None and id(weight) in index:
+        if weight is None or id(weight) not in index:
+            continue
+        i = index[id(weight)]
+        # NOTE: torch.distributed.checkpoint fills a freshly stepped optimizer and wants every entry there, cold ones
+        # too; but where the base has no state for a parameter, a lone entry of ours would make Adam fail
+        if layer in tracker.ready or i in state or stateless:
             entries = {_PREFIX + key: value for key, value in tracker.snapshot(layer).items()}
-            state.setdefault(index[id(weight)], {}).update(entries)
+            state.setdefault(i, {}).update(entries)
+    if stateless and state:
+        state = {i: state.get(i, {}) for i in sorted(set(index.values()))}
     return {**base, "state": state, "bnp": {"version": FORMAT_VERSION, "steps": steps}}
 
 
@@ -64,13 +72,13 @@ def split(state_dict: Mapping[str, Any], groups: Iterable[dict[str, Any]], track
             f"state_dict has statistics in format version {header['version']}, this bnp_optim reads up to "
             f"{FORMAT_VERSION}: upgrade bnp_optim to load it"
         )
-    layer_at = {}
-    index = _indices(groups)
-    for layer in tracker.layers:
-        weight = layer.weight
-        if weight is not None and id(weight) in index:
-            layer_at[index[id(weight)]] = layer
+    # like torch.optim: the saved ids, numbers or names, stand for the parameters in the order of the groups
+    saved = [key for group in state_dict["param_groups"] for key in group["params"]]
+    mine = [id(p) for group in groups for p in group["params"]]
+    layer_of = {id(layer.weight): layer for layer in tracker.layers if layer.weight is not None}
+    layer_at = {key: layer_of[p] for key, p in zip(saved, mine, strict=False) if p in layer_of}
 
+    travelled = False
     base_state: dict[Any, Any] = {}
     snapshots: dict[Layer, dict[str, Tensor]] = {}
     for key, value in state_dict["state"].items():
@@ -79,7 +87,7 @@ def split(state_dict: Mapping[str, Any], groups: Iterable[dict[str, Any]], track
             continue
         ours = {k.removeprefix(_PREFIX): v for k, v in value.items() if str(k).startswith(_PREFIX)}
         rest = {k: v for k, v in value.items() if not str(k).startswith(_PREFIX)}
-        if rest or not ours:
+        if rest:
             base_state[key] = rest
         if ours:
             if key not in layer_at:
@@ -88,9 +96,11 @@ def split(state_dict: Mapping[str, Any], groups: Iterable[dict[str, Any]], track
                     "layer here: build the model and wrap it with the same layers (and skip=) as when it was saved"
                 )
             _check(layer_at[key], ours, tracker)
-            snapshots[layer_at[key]] = ours
+            if int(ours["count"]) > 0:
+                snapshots[layer_at[key]] = ours
+            travelled = True
     base = {k: v for k, v in state_dict.items() if k != "bnp"} | {"state": base_state}
-    foreign = not snapshots and "bnp" not in state_dict and bool(tracker.layers)
+    foreign = not travelled and "bnp" not in state_dict and bool(tracker.layers)
     return Loaded(base, snapshots, header["steps"], foreign)
 
 

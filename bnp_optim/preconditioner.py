@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -13,13 +13,14 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from bnp_optim.advice import COLD, at_first_steps, at_the_door
 from bnp_optim.bases import enter, leave, traits_of
 from bnp_optim.checkpoint import merge, split
 from bnp_optim.checks import check_choice, check_number, check_objects, checked_skip
 from bnp_optim.coverage import Coverage, coverage_of
 from bnp_optim.discovery import SkipRule
 from bnp_optim.statistics import LayerStatistics, StatisticsOptions
-from bnp_optim.tracking import LiveLayer, Tracker
+from bnp_optim.tracking import Tracker
 from bnp_optim.transform import precondition
 from bnp_optim.two_sided import apply_on_rows, step_in_z
 
@@ -96,7 +97,9 @@ class BNPreconditioner(Optimizer):
         check_choice("mode", mode, ("auto", "gradient", "two_sided"))
         check_choice("step_scale", step_scale, ("trace", "spectral", "fan_in", None))
         check_choice("variance", variance, ("total", "batch"))
-        check_number("stat_interval", stat_interval, lambda x: x >= 1 and x == int(x), "a whole number of at least 1")
+        check_number(
+            "stat_interval", stat_interval, lambda x: 1 <= x < math.inf and x == int(x), "a whole number of at least 1"
+        )
         rules = checked_skip(skip, model)
         self._setup(
             optimizer,
@@ -105,7 +108,7 @@ class BNPreconditioner(Optimizer):
             {"mode": mode, "stat_interval": int(stat_interval), "skip": rules},
         )
         try:
-            self._warn_at_the_door()
+            self._advise(at_the_door(optimizer, model, self._traits, self._form, self._tracker))
         except Warning:  # warnings as errors: leave the model as it was
             self._tracker.detach()
             raise
@@ -200,7 +203,10 @@ class BNPreconditioner(Optimizer):
             base_step = enter(self.base_optimizer)
             tracker = self._tracker
             live = tracker.live(self._owned())
-            self._warn_at_first_step(live)
+            if "seen" not in self._warned:
+                self._advise(at_first_steps(live, tracker, self.param_groups))
+                if any(tracker.fired(x.layer) for x in live):
+                    self._warned.add("seen")  # a forward was seen: all is well
             tracker.commit(live)
             live = [x for x in live if x.layer in tracker.ready]
             factors = [tracker.factors(x.layer) for x in live]
@@ -300,10 +306,7 @@ class BNPreconditioner(Optimizer):
         self._progress["steps"] = loaded.steps
         self._tracker.gate.due = self._measures_next()
         if loaded.foreign:
-            self._warn_once(
-                "cold",
-                "this state_dict has no BNP statistics (it was saved by the plain optimizer): they start anew",
-            )
+            self._advise([COLD])
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -326,56 +329,9 @@ class BNPreconditioner(Optimizer):
             _ = self._tracker  # hooks from the copy's first forward on
         # otherwise the model holds this optimizer, is being copied itself, and follows at the first use
 
-    # Warnings, each once
-
-    def _warn_at_the_door(self) -> None:
-        base = type(self.base_optimizer).__name__
-        if not self._tracker.layers:
-            self._warn_once(
-                "no layers",
-                f"no layer of the {type(self._model).__name__} has its weight in the groups of the {base}: every "
-                "gradient passes through unchanged. Check that the optimizer was built from this model's parameters",
-            )
-        if self._traits.adaptive and self._form == "gradient":
-            self._warn_once(
-                "mode",
-                f"mode='gradient' feeds P Pᵀ g to {base}, which rescales its gradient itself: expect less than from "
-                "the plain base. Use mode='auto' or 'two_sided'",
-            )
-        if (
-            self._form == "two_sided"
-            and self._traits.decoupled is None
-            and any(group.get("weight_decay", 0) for group in self.param_groups)
-        ):
-            self._warn_once(
-                "decay",
-                f"{base} is no optimizer of torch.optim: how its weight_decay acts is unknown, and in the two-sided "
-                "form it decays preconditioned coordinates. Set weight_decay=0 there if that is not wanted",
-            )
-
-    def _warn_at_first_step(self, live: list[LiveLayer]) -> None:
-        """What shows only now: ranks without synchronization, and hooks that a compiled model ignores."""
-        tracker = self._tracker
-        if live and torch.distributed.is_available() and torch.distributed.is_initialized():
-            ranks = torch.distributed.get_world_size()
-            if ranks > 1:
-                self._warn_once(
-                    "ranks",
-                    f"{ranks} processes train together, but statistics are not shared between them yet: in data "
-                    "parallel training the ranks' parameters will drift apart. Train in one process",
-                )
-        if "unseen" in self._warned or not live or not tracker.gate.open:
-            return
-        if any(tracker.fired(x.layer) or x.layer in tracker.ready for x in live):
-            self._warned.add("unseen")  # at least one forward was seen: all is well
-        elif any(float(group["lr"]) != 0 for group in self.param_groups if "lr" in group):
-            self._warn_once(
-                "unseen",
-                "gradients have come, but no forward pass of any preconditioned layer was seen: they pass through "
-                "unchanged. A compiled model ignores hooks that are added after its first call: wrap it before",
-            )
-
-    def _warn_once(self, key: str, message: str) -> None:
-        if key not in self._warned:
-            self._warned.add(key)
-            warnings.warn(f"BNPreconditioner: {message}.", stacklevel=4)
+    def _advise(self, advice: Iterable[tuple[str, str]]) -> None:
+        """Say each kind of advice once."""
+        for key, message in advice:
+            if key not in self._warned:
+                self._warned.add(key)
+                warnings.warn(f"BNPreconditioner: {message}.", stacklevel=4)

@@ -51,7 +51,7 @@ def initial_direction(rows: Rows, layer: int, *, device: torch.device, dtype: to
     """A fixed random direction (groups, 1 + fan_in), bias first; the global random numbers stay untouched."""
     generator = torch.Generator().manual_seed(layer)
     u = torch.randn(rows.groups, 1 + rows.fan_in, generator=generator, dtype=torch.float64)
-    return (u / u.square().sum(1, keepdim=True).sqrt()).to(device=device, dtype=dtype)
+    return (u / u.square().sum(1, keepdim=True).sqrt()).to(dtype).to(device)
 
 
 def project(adapter: LayerAdapter, module: nn.Module, input: Tensor, direction: Tensor) -> Projection:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from bnp_optim import BNPreconditioner
-from tests.conftest import inputs, mlp, same, train, weights
+from tests.conftest import backward, inputs, mlp, same, train, weights
 
 
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.9}], ids=["stateless", "momentum"])
@@ -54,3 +55,218 @@ def test_a_damaged_checkpoint_is_refused_and_changes_nothing(kind: str) -> None:
     with pytest.raises(ValueError, match="state_dict"):
         optimizer.load_state_dict(damaged)
     assert same(before, (optimizer.state_dict(), weights(model)))
+
+
+# ---- bitwise resume ------------------------------------------------------------------------------
+
+BASES: dict[str, dict[str, Any]] = {
+    "SGD": {},
+    "SGD-momentum": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+    "Adam": {"weight_decay": 0.1, "amsgrad": True},
+    "AdamW": {},
+    "NAdam": {},
+    "RAdam": {},
+    "Adagrad": {},
+    "RMSprop": {"momentum": 0.9, "centered": True},
+    "Adadelta": {},
+    "Adamax": {},
+    "Muon": {},
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "spectral": {"step_scale": "spectral"},
+    "interval": {"stat_interval": 3},
+}
+
+
+def wrapped(name: str, options: dict[str, Any], *, dtype: torch.dtype = torch.float32) -> Any:
+    base = name.partition("-")[0]
+    if not hasattr(torch.optim, base):
+        pytest.skip(f"this torch has no {base}")
+    model = mlp(bias=base != "Muon").to(dtype)
+    return model, BNPreconditioner(getattr(torch.optim, base)(model.parameters(), lr=0.02, **BASES[name]), model, **options)
+
+
+def through_a_file(state_dict: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    loaded: dict[str, Any] = torch.load(file, weights_only=True)
+    return loaded
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("name", BASES)
+def test_training_goes_on_bit_for_bit(name: str, options: dict[str, Any]) -> None:
+    model, optimizer = wrapped(name, options)
+    train(model, optimizer, inputs(5))
+    saved, parameters = through_a_file(optimizer.state_dict()), weights(model)
+    train(model, optimizer, inputs(5, seed=2))
+
+    fresh, resumed = wrapped(name, options)
+    fresh.load_state_dict(parameters)
+    kept = copy.deepcopy(saved)
+    resumed.load_state_dict(saved)
+    assert same(saved, kept)
+    assert same(resumed.state_dict(), saved)
+    train(fresh, resumed, inputs(5, seed=2))
+    assert same(weights(fresh), weights(model))
+    assert same(resumed.state_dict(), optimizer.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["SGD-momentum", "RMSprop"])
+def test_statistics_of_half_precision_parameters_are_saved_and_loaded_in_float32(name: str, dtype: torch.dtype) -> None:
+    """torch's ``load_state_dict`` casts the base's own state to the parameter's dtype."""
+    model, optimizer = wrapped(name, {}, dtype=dtype)
+    train(model, optimizer, [x.to(dtype) for x in inputs(3)])
+    saved = through_a_file(optimizer.state_dict())
+    assert saved["state"][0]["bnp_mean"].dtype == saved["state"][0]["bnp_variance"].dtype == torch.float32
+    fresh, resumed = wrapped(name, {}, dtype=dtype)
+    resumed.load_state_dict(saved)
+    for layer, expected in optimizer.statistics.items():
+        found = resumed.statistics[layer]
+        assert found.mean.dtype == torch.float32
+        assert torch.equal(found.mean, expected.mean) and torch.equal(found.variance, expected.variance)
+        assert not torch.equal(found.mean, found.mean.to(dtype).float())  # more than half precision would hold
+
+
+def test_loading_drops_what_an_earlier_training_left() -> None:
+    """Also the statistics of a layer that the checkpoint has not seen yet, and a direction of the power step."""
+    model, optimizer = wrapped("SGD", {"step_scale": "spectral"})
+    start, parameters = copy.deepcopy(optimizer.state_dict()), weights(model)
+    train(model, optimizer, inputs(3))
+    first = weights(model)
+    model.load_state_dict(parameters)
+    optimizer.load_state_dict(start)
+    assert all(s.count == 0 for s in optimizer.statistics.values())
+    train(model, optimizer, inputs(3))
+    assert same(weights(model), first)
+
+
+# ---- between plain and wrapped -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["SGD-momentum", "Adam", "AdamW", "Adagrad", "Muon"])
+def test_ours_loads_into_the_plain_base_which_steps(name: str) -> None:
+    model, optimizer = wrapped(name, {})
+    train(model, optimizer, inputs(3))
+    other, unused = wrapped(name, {})
+    plain = unused.base_optimizer
+    plain.load_state_dict(through_a_file(optimizer.state_dict()))
+    other.load_state_dict(weights(model))
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        own = {k: v for k, v in plain.state[theirs].items() if not k.startswith("bnp_")}
+        assert same(own, dict(optimizer.base_optimizer.state[mine]))
+    unused.remove_hooks()
+    train(other, plain, inputs(2, seed=2))
+    train(model, optimizer.base_optimizer, inputs(2, seed=2))
+    assert same(weights(other), weights(model))
+
+
+def test_the_plain_bases_moments_are_taken_over() -> None:
+    model, optimizer = wrapped("Adam", {})
+    plain = optimizer.base_optimizer
+    train(model, plain, inputs(3))
+    saved = through_a_file(plain.state_dict())
+    fresh, resumed = wrapped("Adam", {})
+    with pytest.warns(UserWarning, match="no BNP statistics") as caught:
+        resumed.load_state_dict(saved)
+    assert len(caught) == 1
+    assert same(resumed.base_optimizer.state_dict(), saved)
+    train(fresh, resumed, inputs(1))
+    assert int(resumed.state[fresh[0].weight]["step"]) == 4 and resumed.statistics["0"].count == 8
+
+
+# ---- refusals ------------------------------------------------------------------------------------
+
+
+def _other_layers(optimizer: BNPreconditioner) -> BNPreconditioner:
+    model = mlp()
+    return BNPreconditioner(torch.optim.Adam(model.parameters(), lr=0.1), model, skip=["2"])
+
+
+def _other_shapes(optimizer: BNPreconditioner) -> BNPreconditioner:
+    model = torch.nn.Sequential(torch.nn.Linear(5, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
+    return BNPreconditioner(torch.optim.Adam(model.parameters(), lr=0.1), model)
+
+
+def _other_groups(optimizer: BNPreconditioner) -> BNPreconditioner:
+    model = mlp()
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters()}]
+    return BNPreconditioner(torch.optim.Adam(groups, lr=0.1), model)
+
+
+def _fewer_parameters(optimizer: BNPreconditioner) -> BNPreconditioner:
+    model = mlp()
+    return BNPreconditioner(torch.optim.Adam(model[0].parameters(), lr=0.1), model)
+
+
+@pytest.mark.parametrize("build", [_other_layers, _other_shapes, _other_groups, _fewer_parameters])
+def test_a_checkpoint_of_another_model_is_refused_and_changes_nothing(build: Callable[..., BNPreconditioner]) -> None:
+    model = mlp()
+    optimizer = BNPreconditioner(torch.optim.Adam(model.parameters(), lr=0.1), model)
+    train(model, optimizer, inputs(2))
+    saved = optimizer.state_dict()
+    other = build(optimizer)
+    features = other._model[0].in_features
+    train(other._model, other, inputs(4, seed=2, features=features))
+    before = copy.deepcopy(other.state_dict()), weights(other._model)
+    with pytest.raises(ValueError, match="state_?dict|parameter group"):
+        other.load_state_dict(saved)
+    assert same(before, (other.state_dict(), weights(other._model)))
+
+
+# ---- hooks and accumulation ----------------------------------------------------------------------
+
+
+def test_state_dict_and_load_hooks_fire_once_in_order() -> None:
+    model, optimizer = wrapped("AdamW", {})
+    train(model, optimizer, inputs(1))
+    events: list[Any] = []
+    optimizer.register_state_dict_pre_hook(lambda opt: events.append(("save", opt)))
+    optimizer.register_state_dict_post_hook(lambda opt, saved: {**saved, "extra": 1})
+    optimizer.register_load_state_dict_pre_hook(lambda opt, saved: events.append(("load", opt, saved.pop("extra"))))
+    optimizer.register_load_state_dict_post_hook(lambda opt: events.append(("loaded", opt, int(opt.statistics["0"].count))))
+    saved = optimizer.state_dict()
+    train(model, optimizer, inputs(1))
+    optimizer.load_state_dict(saved)
+    assert events == [("save", optimizer), ("load", optimizer, 1), ("loaded", optimizer, 8)]
+    assert saved["extra"] == 1  # the hook popped from its own copy
+
+
+@pytest.mark.parametrize("name", ["SGD-momentum", "AdamW"])
+def test_a_checkpoint_amid_gradient_accumulation(name: str) -> None:
+    """It disturbs neither the running training, nor does it leave that one's samples in the one that loads it."""
+    a, b, c, d = inputs(4)
+
+    def start() -> Any:
+        model, optimizer = wrapped(name, {})
+        train(model, optimizer, [a])
+        optimizer.zero_grad()
+        backward(model, b)
+        return model, optimizer
+
+    model, optimizer = start()
+    saved, parameters = through_a_file(optimizer.state_dict()), weights(model)
+    undisturbed, other = start()
+    for m, o in ((model, optimizer), (undisturbed, other)):
+        backward(m, c)
+        o.step()
+    assert same(weights(model), weights(undisturbed)) and optimizer.statistics["0"].count == 24
+    assert same(optimizer.state_dict(), other.state_dict())
+
+    # load into a wrapper that is itself amid accumulation; its gradients are the caller's to zero, as ever
+    resumed_model, resumed = start()
+    resumed_model.load_state_dict(parameters)
+    resumed.load_state_dict(copy.deepcopy(saved))  # torch's own entries are taken over, not copied
+    for p in resumed_model.parameters():
+        p.grad = None
+    train_from_file, fresh = wrapped(name, {})
+    train_from_file.load_state_dict(parameters)
+    fresh.load_state_dict(saved)
+    for m, o in ((resumed_model, resumed), (train_from_file, fresh)):
+        backward(m, d)
+        o.step()
+    assert resumed.statistics["0"].count == fresh.statistics["0"].count == 16
+    assert same(weights(resumed_model), weights(train_from_file))

@@ -1,0 +1,68 @@
+"""What the wrapper warns of: (kind, message) pairs; each kind is said once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from bnp_optim.bases import BaseTraits
+from bnp_optim.tracking import LiveLayer, Tracker
+
+__all__ = ["COLD", "at_first_steps", "at_the_door"]
+
+COLD = ("cold", "this state_dict has no BNP statistics (it was saved by the plain optimizer): they start anew")
+
+
+def at_the_door(
+    base: Optimizer, model: nn.Module, traits: BaseTraits, form: str, tracker: Tracker
+) -> Iterator[tuple[str, str]]:
+    """What can be seen when the wrapper is built."""
+    name = type(base).__name__
+    if not tracker.layers:
+        yield (
+            "no layers",
+            f"no layer of the {type(model).__name__} has its weight in the groups of the {name}: every gradient "
+            "passes through unchanged. Check that the optimizer was built from this model's parameters",
+        )
+    if traits.adaptive and form == "gradient":
+        yield (
+            "mode",
+            f"mode='gradient' feeds P Pᵀ g to {name}, which rescales its gradient itself: expect less than from the "
+            "plain base. Use mode='auto' or 'two_sided'",
+        )
+    decays = any(group.get("weight_decay", 0) for group in base.param_groups)
+    if form == "two_sided" and traits.decoupled is None and decays:
+        yield (
+            "decay",
+            f"{name} is no optimizer of torch.optim: how its weight_decay acts is unknown, and in the two-sided form "
+            "it decays preconditioned coordinates. Set weight_decay=0 there if that is not wanted",
+        )
+
+
+def at_first_steps(
+    live: list[LiveLayer], tracker: Tracker, groups: Iterable[dict[str, Any]]
+) -> Iterator[tuple[str, str]]:
+    """What shows only when training: ranks that share nothing, and hooks that a compiled model ignores."""
+    if not live:
+        return
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        ranks = torch.distributed.get_world_size()
+        if ranks > 1:
+            yield (
+                "ranks",
+                f"{ranks} processes train together, but statistics are not shared between them yet: in data parallel "
+                "training the ranks' parameters will drift apart. Train in one process",
+            )
+    unseen = not any(tracker.fired(x.layer) or x.layer in tracker.ready for x in live)
+    # torch.distributed.checkpoint takes a step with zero gradients and zero learning rates of its own
+    moving = any(float(group["lr"]) != 0 for group in groups if "lr" in group)
+    if unseen and tracker.gate.open and tracker.attached and moving:
+        yield (
+            "unseen",
+            "gradients have come, but no forward pass of any preconditioned layer was seen: they pass through "
+            "unchanged. A compiled model ignores hooks that are added after its first call: wrap it before",
+        )
