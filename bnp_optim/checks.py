@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from bnp_optim.bases import needs_closure
 from bnp_optim.discovery import SkipRule, clean_name
 
-__all__ = ["check_choice", "check_number", "check_objects", "checked_skip"]
+__all__ = ["check_choice", "check_differentiable", "check_number", "check_objects", "checked_skip"]
 
 
 def check_objects(optimizer: Any, model: Any) -> None:
@@ -32,6 +32,15 @@ def check_objects(optimizer: Any, model: Any) -> None:
         raise TypeError(
             "model contains nn.DataParallel, whose replicas no hook can follow: use DistributedDataParallel, or "
             "wrap with the module inside"
+        )
+
+
+def check_differentiable(optimizer: Optimizer, *, has_layers: bool) -> None:
+    """Refuse to differentiate through the step, which works in place."""
+    if has_layers and any(group.get("differentiable", False) for group in optimizer.param_groups):
+        raise ValueError(
+            f"optimizer {type(optimizer).__name__} has differentiable=True, but gradients are preconditioned in "
+            "place, which cannot be differentiated: build it with differentiable=False"
         )
 
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from bnp_optim.advice import COLD, at_first_steps, at_the_door
 from bnp_optim.bases import enter, leave, traits_of
 from bnp_optim.checkpoint import merge, split
-from bnp_optim.checks import check_choice, check_number, check_objects, checked_skip
+from bnp_optim.checks import check_choice, check_differentiable, check_number, check_objects, checked_skip
 from bnp_optim.coverage import Coverage, coverage_of
 from bnp_optim.discovery import SkipRule
 from bnp_optim.statistics import LayerStatistics, StatisticsOptions
@@ -70,7 +70,8 @@ class BNPreconditioner(Optimizer):
     Raises:
         TypeError: if ``optimizer`` is no optimizer, is already a BNPreconditioner or calls the loss itself; if
             ``model`` is no module or contains ``nn.DataParallel``; if an option is of the wrong type.
-        ValueError: if an option is out of its range, or a name in ``skip`` fits no module.
+        ValueError: if an option is out of its range, a name in ``skip`` fits no module, or the base was built with
+            ``differentiable=True``.
     """
 
     def __init__(
@@ -108,8 +109,9 @@ class BNPreconditioner(Optimizer):
             {"mode": mode, "stat_interval": int(stat_interval), "skip": rules},
         )
         try:
+            check_differentiable(optimizer, has_layers=bool(self._tracker.layers))
             self._advise(at_the_door(optimizer, model, self._traits, self._form, self._tracker))
-        except Warning:  # warnings as errors: leave the model as it was
+        except (ValueError, Warning):  # warnings may be errors: leave the model as it was
             self._tracker.detach()
             raise
 

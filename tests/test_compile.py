@@ -11,7 +11,6 @@ from torch import nn
 from tests.conftest import backward, inputs, mlp, same, train
 from tests.test_capture import assert_same_statistics, assert_same_weights, count, wrap
 
-
 # dynamo itself looks at .grad of everything it meets while tracing
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 

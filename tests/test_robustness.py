@@ -269,3 +269,11 @@ def test_registering_nonsense() -> None:
         register_layer(int, ScaleAdapter())  # type: ignore[type-var]
     with pytest.raises(TypeError, match="adapter must be a LayerAdapter instance, got 3"):
         register_layer(Scale, 3)  # type: ignore[arg-type]
+
+
+def test_a_differentiable_base_is_refused() -> None:
+    model = mlp()
+    base = torch.optim.SGD(model.parameters(), lr=0.1, differentiable=True)
+    with pytest.raises(ValueError, match="SGD has differentiable=True.*build it with differentiable=False"):
+        BNPreconditioner(base, model)
+    assert not any(m._forward_hooks for m in model.modules())
