@@ -67,13 +67,23 @@ class Coverage:
         return "\n".join([*lines, f"{len(self.preconditioned)} of {len(self.rows)} parameters preconditioned"])
 
 
-def coverage_of(model: nn.Module, tracker: Tracker, groups: Iterable[dict[str, Any]]) -> Coverage:
-    """What ``tracker`` does with the parameters of ``model`` and of the optimizer's ``groups``."""
+def coverage_of(model: nn.Module, tracker: Tracker, groups: Iterable[dict[str, Any]], *, started: bool) -> Coverage:
+    """What ``tracker`` does with the parameters of ``model`` and of the optimizer's ``groups``.
+
+    Before the first step (``started`` False) that is what it is going to do; afterwards a layer whose input was never
+    seen, such as attention's ``out_proj``, whose module is never called, passes through.
+    """
     owned = {id(p) for group in groups for p in group["params"]}
     role: dict[int, str] = {}
+    waiting: dict[int, str] = {}
     for layer in tracker.layers:
         weight, bias = layer.weight, layer.bias
         if weight is None or id(weight) not in owned or not weight.requires_grad:
+            continue
+        if started and layer not in tracker.ready:
+            broken = tracker.broken(layer)
+            why = f"no longer measured ({broken})" if broken else "its layer's input was never seen so far"
+            waiting |= {id(p): why for p in (weight, bias) if p is not None}
             continue
         takes_part = bias is not None and id(bias) in owned and bias.requires_grad
         role[id(weight)] = ("P" if takes_part else f"rank-one P: {_why_alone(layer, owned)}") + _state(layer, tracker)
@@ -82,7 +92,7 @@ def coverage_of(model: nn.Module, tracker: Tracker, groups: Iterable[dict[str, A
     rows = []
     for name, p in model.named_parameters():
         shape = () if is_lazy(p) else tuple(p.shape)
-        why = role.get(id(p)) or _why_not(p, tracker, owned)
+        why = role.get(id(p)) or waiting.get(id(p)) or _why_not(p, tracker, owned)
         rows.append(CoverageRow(clean_name(name), shape, id(p) in role, why))
     known = {id(p) for p in model.parameters()}
     for g, group in enumerate(groups):

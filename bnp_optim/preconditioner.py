@@ -265,7 +265,7 @@ class BNPreconditioner(Optimizer):
 
     def coverage(self) -> Coverage:
         """Per parameter: preconditioned or passed through, and why. ``print(optimizer.coverage())``."""
-        return coverage_of(self._model, self._tracker, self.param_groups)
+        return coverage_of(self._model, self._tracker, self.param_groups, started=self._progress["steps"] > 0)
 
     def __repr__(self) -> str:
         return (
