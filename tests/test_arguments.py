@@ -127,7 +127,7 @@ def test_options_may_be_given_to_the_papers_letter() -> None:
 
 @pytest.mark.parametrize(("module_type", "adapter"), [(nn.Linear(1, 1), None), (int, None), (nn.Linear, None)])
 def test_register_layer_names_what_is_wrong(module_type: Any, adapter: Any) -> None:
-    with pytest.raises(TypeError, match="module_type must be|adapter must be"):
+    with pytest.raises(TypeError, match=r"module_type must be|adapter must be"):
         register_layer(module_type, adapter)
 
 

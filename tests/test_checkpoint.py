@@ -84,7 +84,9 @@ def wrapped(name: str, options: dict[str, Any], *, dtype: torch.dtype = torch.fl
     if not hasattr(torch.optim, base):
         pytest.skip(f"this torch has no {base}")
     model = mlp(bias=base != "Muon").to(dtype)
-    return model, BNPreconditioner(getattr(torch.optim, base)(model.parameters(), lr=0.02, **BASES[name]), model, **options)
+    return model, BNPreconditioner(
+        getattr(torch.optim, base)(model.parameters(), lr=0.02, **BASES[name]), model, **options
+    )
 
 
 def through_a_file(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -122,7 +124,7 @@ def test_statistics_of_half_precision_parameters_are_saved_and_loaded_in_float32
     train(model, optimizer, [x.to(dtype) for x in inputs(3)])
     saved = through_a_file(optimizer.state_dict())
     assert saved["state"][0]["bnp_mean"].dtype == saved["state"][0]["bnp_variance"].dtype == torch.float32
-    fresh, resumed = wrapped(name, {}, dtype=dtype)
+    _, resumed = wrapped(name, {}, dtype=dtype)
     resumed.load_state_dict(saved)
     for layer, expected in optimizer.statistics.items():
         found = resumed.statistics[layer]
@@ -212,7 +214,7 @@ def test_a_checkpoint_of_another_model_is_refused_and_changes_nothing(build: Cal
     features = other._model[0].in_features
     train(other._model, other, inputs(4, seed=2, features=features))
     before = copy.deepcopy(other.state_dict()), weights(other._model)
-    with pytest.raises(ValueError, match="state_?dict|parameter group"):
+    with pytest.raises(ValueError, match=r"state_?dict|parameter group"):
         other.load_state_dict(saved)
     assert same(before, (other.state_dict(), weights(other._model)))
 
@@ -227,7 +229,9 @@ def test_state_dict_and_load_hooks_fire_once_in_order() -> None:
     optimizer.register_state_dict_pre_hook(lambda opt: events.append(("save", opt)))
     optimizer.register_state_dict_post_hook(lambda opt, saved: {**saved, "extra": 1})
     optimizer.register_load_state_dict_pre_hook(lambda opt, saved: events.append(("load", opt, saved.pop("extra"))))
-    optimizer.register_load_state_dict_post_hook(lambda opt: events.append(("loaded", opt, int(opt.statistics["0"].count))))
+    optimizer.register_load_state_dict_post_hook(
+        lambda opt: events.append(("loaded", opt, int(opt.statistics["0"].count)))
+    )
     saved = optimizer.state_dict()
     train(model, optimizer, inputs(1))
     optimizer.load_state_dict(saved)

@@ -68,3 +68,18 @@ def test_the_flattened_form_keeps_the_base_and_starts_cold() -> None:
     assert resumed.statistics["0"].count == 0
     for mine, theirs in zip(model.parameters(), fresh.parameters(), strict=True):
         assert same(optimizer.state[mine], resumed.state[theirs])
+
+
+def test_a_checkpoint_of_an_optimizer_that_saw_no_sample_stays_cold() -> None:
+    """torch.distributed.checkpoint takes a step without samples before it saves, too."""
+    model, optimizer = start("AdamW")
+    saved = get_optimizer_state_dict(model, optimizer)
+    assert saved["state"]["0.weight"]["bnp_count"] == 0
+    fresh, resumed = start("AdamW")
+    set_optimizer_state_dict(fresh, resumed, saved)
+    assert "no samples yet" in resumed.coverage()["0.weight"].why
+    plain, cold = start("AdamW")
+    for m, o in ((fresh, resumed), (plain, cold)):
+        o.state.clear()  # torch's step of rate 0 counts as one
+        train(m, o, inputs(2))
+    assert same(weights(fresh), weights(plain))

@@ -121,7 +121,9 @@ def batch(shape: tuple[int, ...], seed: int, step: int, channel_dim: int) -> Ten
     seed=st.integers(0, 99),
     choice=options,
 )
-def test_linear(lead: tuple[int, ...], features: tuple[int, int], bias: bool, seed: int, choice: dict[str, Any]) -> None:
+def test_linear(
+    lead: tuple[int, ...], features: tuple[int, int], bias: bool, seed: int, choice: dict[str, Any]
+) -> None:
     torch.manual_seed(seed)
     layer = nn.Linear(*features, bias=bias, dtype=torch.float64)
     check(layer, [batch((*lead, features[0]), seed, step, -1) for step in range(2)], choice)
