@@ -121,15 +121,13 @@ class Intake:
         """The samples whose gradient is in ``.grad`` now, once: they are gone afterwards."""
         batches = self._confirmed
         self.discard()
-        if batches:
-            projections = [b.projection for b in batches if b.projection is not None]
-            return merge_moments([b.moments for b in batches]), _total(projections)
+        parts = [b.moments for b in batches]
         if self.traced:
             counts = self.traced_counts.clone()
-            traced = Moments(counts[0], counts[1], self.traced_mean.clone(), self.traced_m2.clone())
+            parts.append(Moments(counts[0], counts[1], self.traced_mean.clone(), self.traced_m2.clone()))
             self.clear_trace()
-            return traced, None
-        return None, None
+        projections = [b.projection for b in batches if b.projection is not None]
+        return merge_moments(parts) if parts else None, _total(projections)
 
     def discard(self) -> None:
         """The gradient is gone, and with it the samples that it was made of (never called inside a backward)."""

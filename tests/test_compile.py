@@ -64,6 +64,24 @@ def test_micro_batches_of_a_compiled_model() -> None:
     assert_same_statistics(a, b)
 
 
+def test_eager_and_compiled_forwards_of_one_step_are_pooled() -> None:
+    eager, model = mlp(), mlp()
+    a, b = wrap(eager), wrap(model)
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
+    for x in inputs(4):
+        a.zero_grad()
+        backward(eager, x)
+        a.step()
+        b.zero_grad()
+        first, second = x.split([5, 3])
+        (compiled(first).square().sum() / 24).backward()
+        (model(second).square().sum() / 24).backward()
+        b.step()
+    assert count(b) == 32
+    assert_same_statistics(a, b)
+    assert_same_weights(eager, model)
+
+
 def test_no_grad_forwards_of_a_compiled_model_do_not_count() -> None:
     model = mlp()
     optimizer = wrap(model)
