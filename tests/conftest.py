@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bnp_optim import BNPreconditioner
+
 
 @pytest.fixture(autouse=True)
 def _reproducible() -> None:
@@ -92,3 +94,25 @@ IDENTITY: dict[str, Any] = {"var_rel_eps": 0.0, "var_eps": 1e-30, "step_scale": 
 def hook_count(model: nn.Module) -> int:
     """Forward hooks on any module of ``model``."""
     return sum(len(m._forward_hooks) for m in model.modules())
+
+
+def wrap(model: nn.Module, **options: Any) -> BNPreconditioner:
+    return BNPreconditioner(torch.optim.SGD(model.parameters(), lr=0.1), model, **options)
+
+
+def count(optimizer: BNPreconditioner, layer: str = "0") -> int:
+    return int(optimizer.statistics[layer].count)
+
+
+def assert_same_statistics(a: BNPreconditioner, b: BNPreconditioner, rtol: float = 1e-6) -> None:
+    assert a.statistics.keys() == b.statistics.keys()
+    for name, mine in a.statistics.items():
+        other = b.statistics[name]
+        assert int(mine.count) == int(other.count), name
+        torch.testing.assert_close(mine.mean, other.mean, rtol=rtol, atol=rtol)
+        torch.testing.assert_close(mine.variance, other.variance, rtol=rtol, atol=rtol)
+
+
+def assert_same_weights(a: nn.Module, b: nn.Module, rtol: float = 1e-6) -> None:
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=rtol, atol=rtol)

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.conftest import backward, inputs, mlp, same, train
-from tests.test_capture import assert_same_statistics, assert_same_weights, count, wrap
+from tests.conftest import assert_same_statistics, assert_same_weights, backward, count, inputs, mlp, same, train, wrap
 
 # dynamo itself looks at .grad of everything it meets while tracing
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")

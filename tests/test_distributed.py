@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.conftest import inputs, mlp, train
-from tests.test_capture import wrap
+from tests.conftest import inputs, mlp, train, wrap
 
 
 def test_unshared_statistics_are_said_once(monkeypatch: pytest.MonkeyPatch) -> None:

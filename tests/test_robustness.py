@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from bnp_optim import BNPreconditioner, LayerAdapter, Rows, Samples, register_layer
 from bnp_optim.layers import base as registry
-from tests.conftest import backward, inputs, mlp, same, train
-from tests.test_capture import count, wrap
+from tests.conftest import backward, count, inputs, mlp, same, train, wrap
 
 
 def test_keyword_calls_count() -> None:
@@ -274,6 +273,6 @@ def test_registering_nonsense() -> None:
 def test_a_differentiable_base_is_refused() -> None:
     model = mlp()
     base = torch.optim.SGD(model.parameters(), lr=0.1, differentiable=True)
-    with pytest.raises(ValueError, match="SGD has differentiable=True.*build it with differentiable=False"):
+    with pytest.raises(ValueError, match=r"SGD has differentiable=True.*build it with differentiable=False"):
         BNPreconditioner(base, model)
     assert not any(m._forward_hooks for m in model.modules())
