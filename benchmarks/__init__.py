@@ -1,0 +1,1 @@
+"""Benchmarks: one command each, resumable, with JSON, Markdown and PNG under ``benchmarks/results``."""

@@ -1,0 +1,176 @@
+"""Accuracy after one pass at a constant learning rate, BNP against its plain bases.
+
+    python -m benchmarks.convergence --quick --data-dir data
+
+The protocol of --quick: MNIST, pixels / 255 and nothing else; MLP 784-100-100-100-10, ReLU, torch's
+default initialization; cross-entropy; one pass in a shuffled order over all 60,000 training images at batch
+sizes 60 and 6, over the first 20,000 of that order at batch size 1. Plain SGD and AdamW get a grid of
+learning rates, BNP one rate each, with all its defaults. Within a seed all methods share initial weights and
+order, so differences are paired.
+
+Finished runs are kept under OUTPUT/.cache and skipped the next time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from datetime import datetime, timezone
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+try:
+    import matplotlib
+    import numpy as np
+    from tqdm import tqdm
+except ImportError as error:
+    sys.exit(f"benchmarks need {error.name}: pip install numpy matplotlib tqdm")
+
+import torch
+
+from benchmarks.data import DataMissingError, check_mnist
+from benchmarks.plots import plot
+from benchmarks.report import markdown, summarize
+from benchmarks.runs import Run, load_result, package_digest, start_worker, train_and_keep
+
+SEEDS = range(5)
+SAMPLES = {60: 60_000, 6: 60_000, 1: 20_000}  # by batch size
+RATES = {"SGD": (0.01, 0.03, 0.1, 0.3), "AdamW": (3e-4, 1e-3, 3e-3), "BNP-SGD": (0.1,), "BNP-AdamW": (1e-3,)}
+TARGETS = {"BNP-SGD": {60: 0.960, 6: 0.962, 1: 0.943}, "BNP-AdamW": {60: 0.960, 6: 0.962, 1: 0.942}}
+
+
+def quick_runs() -> list[Run]:
+    """All runs, seed by seed (so that the time left can be told early), the long ones of a seed first."""
+    digest = package_digest()
+    return [
+        Run(
+            method,
+            rate,
+            batch_size,
+            samples,
+            seed,
+            package_digest=digest if method.startswith("BNP-") else None,
+        )
+        for seed in SEEDS
+        for batch_size, samples in sorted(SAMPLES.items())
+        for method, rates in RATES.items()
+        for rate in rates
+    ]
+
+
+def run_all(runs: Sequence[Run], data_dir: Path, cache: Path, workers: int) -> list[dict[str, Any]]:
+    """The results of ``runs`` in their order; those in ``cache`` are read, the others trained."""
+    cache.mkdir(parents=True, exist_ok=True)
+    results = {run: load_result(run, cache) for run in runs}
+    todo = [run for run, result in results.items() if result is None]
+    bar = tqdm(total=sum(r.steps for r in runs), unit="step", unit_scale=True, dynamic_ncols=True, smoothing=0.05)
+    bar.update(sum(r.steps for r in runs) - sum(r.steps for r in todo))
+    bar.initial = bar.n
+    with bar, ProcessPoolExecutor(
+        max(1, min(workers, len(todo))), get_context("spawn"), start_worker, (data_dir,)
+    ) as pool:  # fmt: skip
+        futures = {pool.submit(train_and_keep, run, cache): run for run in todo}
+        bar.set_postfix_str(f"{len(runs) - len(todo)}/{len(runs)} runs", refresh=False)
+        try:
+            for done, future in enumerate(as_completed(futures), start=len(runs) - len(todo) + 1):
+                run = futures[future]
+                results[run] = future.result()
+                bar.set_postfix_str(f"{done}/{len(runs)} runs", refresh=False)
+                bar.update(run.steps)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [result for result in results.values() if result is not None]
+
+
+def environment() -> dict[str, Any]:
+    """What the numbers were had with."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "matplotlib": matplotlib.__version__,
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
+        "bnp_optim_digest": package_digest(),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def write_report(results: list[dict[str, Any]], output: Path) -> str:
+    """Write the JSON, the Markdown and the PNG; returns the Markdown."""
+    summary = summarize(results, TARGETS)
+    document = {
+        "benchmark": "convergence --quick",
+        "configuration": {
+            "data": "MNIST, pixels / 255",
+            "model": "MLP 784-100-100-100-10, ReLU, torch's default initialization",
+            "samples_by_batch_size": SAMPLES,
+            "learning_rates": RATES,
+            "seeds": list(SEEDS),
+            "targets": TARGETS,
+            "curve": "every fifth test image; the final accuracy is on all 10,000",
+        },
+        "environment": environment(),
+        "cpu_seconds": round(sum(r["seconds"] for r in results), 1),
+        "summary": summary,
+        "runs": results,
+    }
+    text = markdown(document)
+    (output / "convergence_quick.json").write_text(_compact(document) + "\n")
+    (output / "convergence_quick.md").write_text(text)
+    plot(results, summary, output / "convergence_quick.png")
+    return text
+
+
+def _compact(document: dict[str, Any]) -> str:
+    """Indented JSON with one line per run, so that a change of a run is a change of a line."""
+    runs = ",\n".join(f"    {json.dumps(run)}" for run in document["runs"])
+    head = json.dumps({**document, "runs": []}, indent=2)
+    return head.replace('"runs": []', f'"runs": [\n{runs}\n  ]')
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser("python -m benchmarks.convergence", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="MNIST, one MLP, five seeds (the only mode so far)")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="the folder that holds mnist/ (data)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (%(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="(%(default)s)")
+    parser.add_argument("--fresh", action="store_true", help="discard finished runs")
+    args = parser.parse_args(arguments)
+    if not args.quick:
+        parser.error("only --quick exists so far: add it")
+    if args.workers < 1:
+        parser.error(f"--workers is {args.workers}, it must be at least 1")
+    try:
+        check_mnist(args.data_dir)
+    except DataMissingError as error:
+        parser.error(str(error))
+    cache = args.output / ".cache"
+    if args.fresh:
+        shutil.rmtree(cache, ignore_errors=True)
+    try:
+        results = run_all(quick_runs(), args.data_dir, cache, args.workers)
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted. The same command goes on from the last finished run.")
+    print(write_report(results, args.output))
+
+
+if __name__ == "__main__":
+    main()
