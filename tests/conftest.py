@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Iterable
 from typing import Any
@@ -46,6 +47,11 @@ def train(model: nn.Module, optimizer: Any, data: Iterable[Tensor]) -> None:
         optimizer.zero_grad()
         backward(model, x)
         optimizer.step()
+
+
+def takes(optimizer: str, option: str) -> bool:
+    """Whether the installed torch's optimizer has that option: Adam's decoupled_weight_decay came after torch 2.6."""
+    return option in inspect.signature(getattr(torch.optim, optimizer)).parameters
 
 
 def same(a: Any, b: Any) -> bool:

@@ -16,6 +16,8 @@ from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, up
 from bnp_optim import BNPreconditioner
 from tests.conftest import backward, inputs, mlp, same, train, weights
 
+# torch 2.6's own SequentialLR calls its parts in the way that it warns of
+pytestmark = pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")
 STEPS = 12
 SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
     "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.5, total_steps=STEPS + 1),

@@ -131,6 +131,8 @@ def test_zero_gradients_do_what_they_do_in_the_base(info: Any, kwargs: dict[str,
 
 @every_class
 def test_groups_can_be_added_and_duplicates_are_refused(info: Any, kwargs: dict[str, Any]) -> None:
+    if info.optim_cls is torch.optim.Adagrad and torch.__version__.startswith("2.6."):
+        pytest.skip("Adagrad of torch 2.6 makes no state for groups that are added")
     model = Bag()
     first, second, third = model.items
     base = info.optim_cls([first], **copy.deepcopy(kwargs))

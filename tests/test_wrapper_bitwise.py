@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bnp_optim import BNPreconditioner
-from tests.conftest import IDENTITY, identity_statistics, same
+from tests.conftest import IDENTITY, identity_statistics, same, takes
 
 STEPS = 10
 DECAY = {"weight_decay": 0.1}
@@ -88,7 +88,8 @@ def cases() -> list[Any]:
                 if form == "fused":
                     extra = {"fused": True}
                 reason = ANOTHER_ROUNDING.get((f"{base} {variant}", form)) or ANOTHER_ROUNDING.get((base, form))
-                marks = [pytest.mark.skipif(not hasattr(torch.optim, base), reason=f"this torch has no {base}")]
+                here = hasattr(torch.optim, base) and all(takes(base, option) for option in options)
+                marks = [pytest.mark.skipif(not here, reason=f"this torch has no {base} {variant}")]
                 label = f"{base}-{variant}-{form}" + ("" if reason is None else "-within an ulp")
                 found.append(pytest.param(base, options | extra, reason is None, id=label, marks=marks))
     return found
