@@ -11,7 +11,10 @@ from torch import nn
 from tests.conftest import assert_same_statistics, assert_same_weights, backward, count, inputs, mlp, same, train, wrap
 
 # dynamo itself looks at .grad of everything it meets while tracing
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning"),
+]
 
 
 @pytest.fixture(autouse=True)
