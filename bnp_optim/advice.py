@@ -31,8 +31,8 @@ def at_the_door(
     if traits.adaptive and form == "gradient":
         yield (
             "mode",
-            f"mode='gradient' feeds P Pᵀ g to {name}, which rescales its gradient itself: expect less than from the "
-            "plain base. Use mode='auto' or 'two_sided'",
+            f"mode='gradient' feeds P Pᵀ g to {name}, which rescales its gradient itself: that can be far worse than "
+            "the plain base. Use mode='auto' or 'two_sided'",
         )
     decays = any(group.get("weight_decay", 0) for group in base.param_groups)
     if form == "two_sided" and traits.decoupled is None and decays:

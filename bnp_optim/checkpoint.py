@@ -105,7 +105,7 @@ def split(state_dict: Mapping[str, Any], groups: Iterable[dict[str, Any]], track
 
 
 def _check(layer: Layer, snapshot: Mapping[str, Tensor], tracker: Tracker) -> None:
-    for key in {*_REQUIRED, *snapshot}:
+    for key in dict.fromkeys((*_REQUIRED, *snapshot)):
         if not isinstance(snapshot.get(key), Tensor):
             raise ValueError(
                 f"state_dict has {snapshot.get(key)!r} for {_PREFIX}{key} of layer {layer.name!r}, where a tensor "

@@ -30,8 +30,8 @@ def check_objects(optimizer: Any, model: Any) -> None:
         )
     if any(isinstance(m, nn.DataParallel) for m in model.modules()):
         raise TypeError(
-            "model contains nn.DataParallel, whose replicas no hook can follow: use DistributedDataParallel, or "
-            "wrap with the module inside"
+            "model contains nn.DataParallel, which trains replicas that no hook can follow: train on one device, "
+            "with the module inside it (model.module)"
         )
 
 

@@ -88,7 +88,7 @@ def coverage_of(model: nn.Module, tracker: Tracker, groups: Iterable[dict[str, A
         takes_part = bias is not None and id(bias) in owned and bias.requires_grad
         role[id(weight)] = ("P" if takes_part else f"rank-one P: {_why_alone(layer, owned)}") + _state(layer, tracker)
         if bias is not None and takes_part:
-            role[id(bias)] = f"P, with {layer.name}.{layer.adapter.weight_name}".replace("with .", "with ")
+            role[id(bias)] = "P, with " + ".".join(filter(None, (layer.name, layer.adapter.weight_name)))
     rows = []
     for name, p in model.named_parameters():
         shape = () if is_lazy(p) else tuple(p.shape)

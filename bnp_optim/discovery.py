@@ -72,7 +72,7 @@ def find_layers(model: nn.Module, skip: Collection[SkipRule] = ()) -> Findings:
     candidates: dict[int, list[tuple[str, nn.Module, LayerAdapter]]] = {}
     for raw_name, module in model.named_modules():
         name = clean_name(raw_name)
-        skipped = any(_matches(rule, name, module, model) for rule in skip)
+        skipped = any(_matches(rule, name, module) for rule in skip)
         adapter = None if skipped else adapter_for(module)
         weight = None if adapter is None else module._parameters.get(adapter.weight_name)
         reason = _why_not(name, module, adapter, weight, skipped)
@@ -133,7 +133,7 @@ def _why_not(
     return None
 
 
-def _matches(rule: SkipRule, name: str, module: nn.Module, model: nn.Module) -> bool:
+def _matches(rule: SkipRule, name: str, module: nn.Module) -> bool:
     if isinstance(rule, str):
         return name == rule or name.startswith(rule + ".")
     if isinstance(rule, nn.Module):

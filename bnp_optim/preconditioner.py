@@ -57,8 +57,9 @@ class BNPreconditioner(Optimizer):
         mode: "gradient" feeds P Pᵀg to the base; "two_sided" runs the base in z, w = P z, as adaptive bases need.
             "auto" picks "gradient" for SGD and ASGD and "two_sided" for all others. Bases that read their
             parameters (Adafactor, LAMB, LARS) see w, not z.
-        step_scale: q². "trace": the trace of the batch's preconditioned second moment over N, exact at batch size
-            1, so that an outlier cannot blow the step up (the default: one learning rate serves many batch sizes);
+        step_scale: q². "trace": the trace of the batch's preconditioned second moment over N; on dense layers at
+            batch size 1 that is the exact norm, so an outlier cannot blow the step up (the default: one learning
+            rate serves many batch sizes);
             "spectral": its largest eigenvalue by a power step; "fan_in": the paper's max(n/N, 1); None: 1.
         debias: Let the first batch count fully, as Adam's correction does; False starts from μ = 0, σ² = 1. True:
             otherwise the first 1/(1-ρ) steps are spoiled.

@@ -81,7 +81,7 @@ class NeedsClosure(torch.optim.SGD):
         (lambda m: (torch.optim.SGD(m.parameters()), list(m)), ("model must be", "list", "pass the module")),
         (
             lambda m: (torch.optim.SGD(m.parameters()), nn.DataParallel(m)),
-            ("nn.DataParallel", "DistributedDataParallel"),
+            ("nn.DataParallel", "model.module"),
         ),
     ],
     ids=["none", "parameters", "class", "lbfgs", "closure", "output", "list", "data parallel"],

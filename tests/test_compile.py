@@ -42,6 +42,12 @@ def test_a_compiled_model_has_the_statistics_of_eager(backend: str, wrap_first: 
     assert_same_weights(eager, model)
 
 
+def pair() -> tuple[Any, Any, Any, Any, Any]:
+    """The same net twice: eager with its wrapper, and with its wrapper and compiled."""
+    eager, model = mlp(), mlp()
+    return eager, wrap(eager), model, wrap(model), torch.compile(model, backend="eager", fullgraph=True)
+
+
 def test_one_graph_serves_all_steps() -> None:
     model = mlp()
     optimizer = wrap(model)
@@ -53,9 +59,7 @@ def test_one_graph_serves_all_steps() -> None:
 
 
 def test_micro_batches_of_a_compiled_model() -> None:
-    eager, model = mlp(), mlp()
-    a, b = wrap(eager), wrap(model)
-    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
+    eager, a, _, b, compiled = pair()
     for x in inputs(4):
         for net, optimizer in ((eager, a), (compiled, b)):
             optimizer.zero_grad()
@@ -67,9 +71,7 @@ def test_micro_batches_of_a_compiled_model() -> None:
 
 
 def test_eager_and_compiled_forwards_of_one_step_are_pooled() -> None:
-    eager, model = mlp(), mlp()
-    a, b = wrap(eager), wrap(model)
-    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
+    eager, a, model, b, compiled = pair()
     for x in inputs(4):
         a.zero_grad()
         backward(eager, x)
