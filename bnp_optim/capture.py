@@ -1,10 +1,10 @@
 """Which inputs count, and when: forward hooks that hand a layer's samples to the step that uses their gradient.
 
 One rule: a sample counts if and only if its gradient is in the weight's ``.grad`` when ``step()`` is called.
-So samples are summed in the forward pass, *arrive* when the backward pass reaches that forward's node, are
-*confirmed* when the same pass delivers the weight's gradient, and are dropped when that gradient is (``.grad``
-is None again, or ``zero_grad`` of the wrapper). A forward whose backward never runs, a discriminator judged for
-the generator's loss, a step skipped by GradScaler, a recomputed checkpoint: none is counted, or counted twice.
+So samples are summed in the forward pass, *arrive* when a backward pass that goes on to the weight reaches that
+forward's node, and are dropped when the weight's gradient is (``.grad`` is None again, or ``zero_grad`` of the
+wrapper). A forward whose backward never runs, a discriminator judged for the generator's loss, a step skipped by
+GradScaler, a recomputed checkpoint: none is counted, or counted twice.
 
 Inside ``torch.compile`` there are no nodes to watch; samples go into fixed buffers when the forward runs and
 count if the weight has a gradient at ``step()``.
@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.autograd.graph import Node, get_gradient_edge
 
 from bnp_optim.layers import LayerAdapter, Rows, is_plain
+from bnp_optim.moments import Moments, merge_moments, moments, statistics_dtype, thinned
 from bnp_optim.spectral import Projection, project
-from bnp_optim.statistics import Moments, merge_moments, moments, statistics_dtype
 
 __all__ = ["ForwardTap", "Gate", "Intake"]
 
@@ -41,14 +41,19 @@ class Gate:
 
 
 class _Batch:
-    """The samples of one forward call of one module."""
+    """The samples of one forward call of one module; called by backward when it reaches that call."""
 
-    __slots__ = ("counted", "moments", "projection")
+    __slots__ = ("arrive", "counted", "inside", "moments", "projection")
 
-    def __init__(self, moments: Moments, projection: Projection | None) -> None:
+    def __init__(self, moments: Moments, arrive: Callable[[_Batch], None]) -> None:
         self.moments = moments
-        self.projection = projection
+        self.projection: Projection | None = None
         self.counted = -1  # the lifetime of .grad in which these samples were counted
+        self.inside = torch._C._current_graph_task_id()  # the backward pass that this forward runs inside of, or -1
+        self.arrive = arrive
+
+    def __call__(self, grads: Any) -> None:
+        self.arrive(self)
 
 
 class Intake:
@@ -65,12 +70,14 @@ class Intake:
         self.direction: Tensor | None = None  # warm start of the spectral step scale, else None
         self.fired = False  # whether any forward was ever seen, measurable or not
         self.traced = False  # whether a compiled forward ran since the last step
+        self.calls = 0  # measured so far, which thinning out goes round with
         self.broken: str | None = None  # why the layer is not measured any more
-        self._arrived: dict[int, list[_Batch]] = {}  # by backward pass: a reentrant one runs inside another
-        self._confirmed: list[_Batch] = []
+        self._batches: list[_Batch] = []  # those whose gradient is in .grad
+        self._pass = -1  # the backward pass in which the last of them arrived
         self._lifetime = 0  # counts the gradients that .grad held one after the other
-        self._watched: Tensor | None = None
-        self._watch_handle: RemovableHandle | None = None
+        self._weight: Tensor | None = None
+        self._sink: Node | None = None  # the node that accumulates into the weight's .grad
+        self._sink_of: tuple[torch.device, torch.dtype] | None = None
         self.traced_counts = torch.zeros(2, device=device, dtype=dtype)  # samples, observations
         self.traced_mean = torch.zeros(rows.statistics, device=device, dtype=dtype)
         self.traced_m2 = torch.zeros(rows.statistics, device=device, dtype=dtype)
@@ -83,59 +90,60 @@ class Intake:
         if self.direction is not None:
             self.direction = self.direction.to(device, dtype)
 
-    def watch(self, weight: Tensor) -> None:
-        """Be told when ``weight``'s gradient is ready; follows a replaced parameter."""
-        if self._watched is not weight:
-            self.unwatch()
-            self._watch_handle = weight.register_hook(self._confirm)  # type: ignore[no-untyped-call]
-            self._watched = weight
-
-    def unwatch(self) -> None:
-        """Stop watching."""
-        if self._watch_handle is not None:
-            self._watch_handle.remove()
-        self._watch_handle = self._watched = None
-
-    def expect(self, batch: _Batch, output: Tensor) -> None:
-        """Let ``batch`` arrive when backward reaches ``output``.
+    def expect(self, moments: Moments, weight: Tensor, output: Tensor) -> _Batch | None:
+        """Let samples arrive when backward reaches ``output`` on its way to ``weight``.
 
         NOTE: on a view (the 3-d output of Linear) the node of the base is taken: an in-place activation
         replaces the view's own node, which backward then never visits.
         """
         base = output._base if output._is_view() else output
         node = None if base is None else base.grad_fn
-        if node is not None:
-            node.register_prehook(lambda grads: self._arrive(batch))
+        if node is None:
+            return None
+        home = weight.device, weight.dtype
+        if self._weight is not weight or self._sink_of != home:  # replaced, or moved: then torch makes a new node too
+            self._weight, self._sink, self._sink_of = weight, get_gradient_edge(weight).node, home
+        batch = _Batch(moments, self._arrive)
+        node.register_prehook(batch)
+        return batch
+
+    def stop(self) -> None:
+        """Let no sample arrive any more, until the next forward."""
+        self._weight = self._sink = self._sink_of = None
 
     def trace(self, m: Moments) -> None:
         """Merge samples into the fixed buffers, with tensor operations only (for compiled graphs)."""
+        assert m.variance is not None
         n = self.traced_counts[1]
         total = n + m.observations
         delta = m.mean - self.traced_mean
-        self.traced_m2 += m.m2 + delta * delta * (n * m.observations / total)
+        self.traced_m2 += m.variance * m.observations + delta * delta * (n * m.observations / total)
         self.traced_mean += delta * (m.observations / total)
         self.traced_counts[0] += m.samples
         self.traced_counts[1] += m.observations
 
     def take(self) -> tuple[Moments | None, Projection | None]:
         """The samples whose gradient is in ``.grad`` now, once: they are gone afterwards."""
-        batches = self._confirmed
+        batches = self._batches
         self.discard()
+        if len(batches) == 1 and not self.traced:
+            return batches[0].moments, batches[0].projection
         parts = [b.moments for b in batches]
         if self.traced:
-            counts = self.traced_counts.clone()
-            parts.append(Moments(counts[0], counts[1], self.traced_mean.clone(), self.traced_m2.clone()))
+            samples, observations = self.traced_counts.clone()
+            variance = self.traced_m2 / observations
+            parts.append(Moments(samples, observations, self.traced_mean.clone(), variance))
             self.clear_trace()
-        projections = [b.projection for b in batches if b.projection is not None]
-        return merge_moments(parts) if parts else None, _total(projections)
+        total = None
+        for b in batches:
+            if b.projection is not None:
+                total = b.projection if total is None else total + b.projection
+        return merge_moments(parts) if parts else None, total
 
     def discard(self) -> None:
-        """The gradient is gone, and with it the samples that it was made of (never called inside a backward)."""
-        self._forget_gradient()
-        self._arrived.clear()
-
-    def _forget_gradient(self) -> None:
-        self._confirmed = []
+        """The gradient is gone, and with it the samples that it was made of."""
+        if self._batches:
+            self._batches = []
         self._lifetime += 1
 
     def clear_trace(self) -> None:
@@ -146,23 +154,24 @@ class Intake:
         self.traced_m2.zero_()
 
     def _arrive(self, batch: _Batch) -> None:
-        self._arrived.setdefault(torch._C._current_graph_task_id(), []).append(batch)
+        if self._weight is None or not _reaches(self._sink):
+            return  # a gradient with respect to something before this layer
+        task = torch._C._current_graph_task_id()
+        # NOTE: a reentrant checkpoint runs a pass inside of another, which has delivered nothing yet
+        if self._batches and task != self._pass != batch.inside and self._weight.grad is None:
+            self.discard()  # what earlier passes had left in .grad was dropped
+        self._pass = task
+        if batch.counted != self._lifetime:
+            batch.counted = self._lifetime
+            self._batches.append(batch)
 
-    def _confirm(self, grad: Tensor) -> None:
-        weight = self._watched
-        if weight is not None and weight.grad is None and self._confirmed:
-            self._forget_gradient()
-        for batch in self._arrived.pop(torch._C._current_graph_task_id(), ()):
-            if batch.counted != self._lifetime:
-                batch.counted = self._lifetime
-                self._confirmed.append(batch)
 
-
-def _total(projections: list[Projection]) -> Projection | None:
-    total = None
-    for p in projections:
-        total = p if total is None else total + p
-    return total
+def _reaches(sink: Node | None) -> bool:
+    """Whether the backward pass that is running delivers the gradient of that leaf."""
+    try:
+        return bool(torch._C._will_engine_execute_node(sink))  # type: ignore[attr-defined]
+    except RuntimeError:  # torch.autograd.grad, which returns this gradient instead of accumulating it
+        return True
 
 
 class ForwardTap:
@@ -172,10 +181,11 @@ class ForwardTap:
     call: a copied model never writes into the original's statistics.
     """
 
-    def __init__(self, adapter: LayerAdapter, intake: Intake, gate: Gate) -> None:
+    def __init__(self, adapter: LayerAdapter, intake: Intake, gate: Gate, limit: int | None = None) -> None:
         self._adapter = adapter
         self._intake = intake
         self._gate = gate
+        self._limit = limit
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         """Measure the call that just happened, or do nothing."""
@@ -198,13 +208,14 @@ class ForwardTap:
             values, size = self._adapter.samples(module, input)
             if values.numel() == 0 or values.shape[1] != intake.rows.statistics:
                 return
-            batch = _Batch(moments(values, size, statistics_dtype(weight)), None)
-            if intake.direction is not None:
+            if self._limit is not None:
+                values = thinned(values, self._limit, intake.calls)
+                intake.calls += 1
+            batch = intake.expect(moments(values, size, statistics_dtype(weight)), weight, output)
+            if intake.direction is not None and batch is not None:
                 batch.projection = _project_exactly(
                     self._adapter, module, input, intake.direction.to(input.device, statistics_dtype(weight))
                 )
-            intake.watch(weight)
-            intake.expect(batch, output)
         except Exception as error:  # the user's forward comes first
             intake.broken = f"{type(error).__name__}: {error}"
             warnings.warn(
@@ -216,6 +227,7 @@ class ForwardTap:
     def _trace(self, module: nn.Module, input: Tensor) -> None:
         values, size = self._adapter.samples(module, input.detach())
         if values.numel() and values.shape[1] == self._intake.rows.statistics:
+            values = thinned(values, self._limit, 0)  # always the same ones: a graph has no memory of its calls
             self._intake.trace(moments(values, size, self._intake.traced_mean.dtype))
             self._intake.traced = True
 

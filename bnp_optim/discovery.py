@@ -29,6 +29,7 @@ class Layer:
     adapter: LayerAdapter
     rows: Rows
     shape: torch.Size
+    _plain: Tensor | None = field(default=None, init=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -38,17 +39,25 @@ class Layer:
     @property
     def weight(self) -> Tensor | None:
         """The weight as it is now; None if the modules no longer share one of the shape that was found."""
-        found = {id(w): w for w in (m._parameters.get(self.adapter.weight_name) for m in self.modules)}
-        weight = next(iter(found.values()))
-        if len(found) != 1 or weight is None or weight.shape != self.shape or is_traceable_wrapper_subclass(weight):
+        weight = self._shared(self.adapter.weight_name)
+        if weight is None or weight.shape != self.shape:
             return None
+        if weight is not self._plain:  # the check is slow, and seldom has news
+            if is_traceable_wrapper_subclass(weight):
+                return None
+            self._plain = weight
         return weight
 
     @property
     def bias(self) -> Tensor | None:
         """The bias; None where there is none, or where tied weights come with different ones."""
-        found = {id(b): b for b in (m._parameters.get(self.adapter.bias_name) for m in self.modules)}
-        return next(iter(found.values())) if len(found) == 1 else None
+        return self._shared(self.adapter.bias_name)
+
+    def _shared(self, name: str) -> Tensor | None:
+        first = self.modules[0]._parameters.get(name)
+        if any(m._parameters.get(name) is not first for m in self.modules[1:]):
+            return None
+        return first
 
 
 @dataclass

@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from bnp_optim.advice import COLD, at_first_steps, at_the_door
+from bnp_optim.application import apply_on_rows
 from bnp_optim.bases import enter, leave, traits_of
 from bnp_optim.checkpoint import merge, split
 from bnp_optim.checks import check_choice, check_differentiable, check_number, check_objects, checked_skip
@@ -22,7 +23,7 @@ from bnp_optim.discovery import SkipRule
 from bnp_optim.statistics import LayerStatistics, StatisticsOptions
 from bnp_optim.tracking import Tracker
 from bnp_optim.transform import precondition
-from bnp_optim.two_sided import apply_on_rows, step_in_z
+from bnp_optim.two_sided import step_in_z
 
 __all__ = ["BNPreconditioner"]
 
@@ -150,7 +151,8 @@ class BNPreconditioner(Optimizer):
         """Hooks and statistics; made when first needed, since a copied model may still be under construction."""
         tracker: Tracker | None = self._tracking["tracker"]
         if tracker is None:
-            tracker = Tracker(self._model, self._settings["skip"], self._options, self._owned())
+            squared = self._form == "gradient"
+            tracker = Tracker(self._model, self._settings["skip"], self._options, self._owned(), squared=squared)
             self._tracking["tracker"] = tracker
             tracker.gate.due = self._measures_next()
             for layer in tracker.layers:
@@ -217,9 +219,7 @@ class BNPreconditioner(Optimizer):
                 step_in_z(self.base_optimizer, base_step, self._traits, live, factors)
             else:
                 for x, f in zip(live, factors, strict=True):
-                    assert x.weight.grad is not None
-                    bias = None if x.bias is None else x.bias.grad
-                    apply_on_rows(precondition, x.layer.adapter, x.layer.rows, x.weight.grad, bias, f)
+                    apply_on_rows(precondition, x.layer.adapter, x.layer.rows, x.weight_grad, x.bias_grad, f)
                 base_step()
             leave(self.base_optimizer)
         self._progress["steps"] += 1

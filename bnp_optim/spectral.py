@@ -11,7 +11,7 @@ In this form one step is exact at batch size 1, and z and ‖y‖² add up over 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,9 @@ def project(adapter: LayerAdapter, module: nn.Module, input: Tensor, direction: 
     return Projection(z, y2.sum(1), y2.square().sum(1), y2.shape[1])
 
 
-def power_step(total: Projection, factors: Factors, *, affine: bool, direction: Tensor, active: Tensor) -> Tensor:
+def power_step(
+    total: Projection, factors: Factors, *, affine: bool, direction: Tensor, active: Tensor | None
+) -> Tensor:
     """Close the power step; updates ``direction`` in place and returns q², a scalar tensor.
 
     Args:
@@ -71,9 +73,10 @@ def power_step(total: Projection, factors: Factors, *, affine: bool, direction: 
         direction: u, (groups, 1 + fan_in).
         factors: The newest μ, 1/σ̃; its q² is ignored (P is taken at q = 1).
         affine: Whether the bias takes part in P.
-        active: Whether the step's samples count (a bool scalar tensor); if not, ``direction`` stays.
+        active: Whether the step's samples count (a bool tensor of one entry; None: yes); if not, ``direction`` stays.
     """
-    p = replace(factors, q2=torch.ones_like(factors.q2))
+    mean, inv_std = (v.view(direction.shape[0], -1) for v in (factors.mean, factors.inv_std))
+    p = Factors(mean, inv_std, torch.ones_like(factors.q2), factors.spread)
     weight = total.weight.unsqueeze(1).clone()
     bias = total.bias.unsqueeze(1).clone() if affine else None
     to_z(weight, bias, p)
@@ -87,5 +90,6 @@ def power_step(total: Projection, factors: Factors, *, affine: bool, direction: 
         bias.mul_(inverse)
     from_z(weight, bias, p)
     new = torch.cat([torch.zeros_like(direction[:, :1]) if bias is None else bias, weight.squeeze(1)], dim=1)
-    direction.copy_(torch.where((usable & active)[:, None], new, direction))
+    changes = usable if active is None else usable & active
+    direction.copy_(torch.where(changes[:, None], new, direction))
     return top.clamp(min=1)

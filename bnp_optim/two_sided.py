@@ -15,35 +15,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from bnp_optim.application import apply_on_rows
 from bnp_optim.bases import BaseTraits
-from bnp_optim.layers import LayerAdapter, Rows
 from bnp_optim.tracking import LiveLayer
 from bnp_optim.transform import Factors, from_z, to_z
 
-__all__ = ["apply_on_rows", "step_in_z"]
-
-Transform = Callable[[Tensor, Tensor | None, Factors], None]
-
-
-def apply_on_rows(
-    transform: Transform, adapter: LayerAdapter, rows: Rows, weight: Tensor, bias: Tensor | None, factors: Factors
-) -> None:
-    """Run ``transform`` in place on tensors shaped like a layer's weight and bias.
-
-    Half-precision values, and layouts without a matrix view, go through a copy in the statistics' dtype.
-    """
-    work = weight.to(factors.mean.dtype)
-    try:
-        matrix = adapter.matrix(rows, work)
-    except RuntimeError:
-        work = work.contiguous()
-        matrix = adapter.matrix(rows, work)
-    work_bias = None if bias is None else bias.to(work.dtype)
-    transform(matrix, None if work_bias is None else work_bias.view(rows.groups, -1), factors)
-    if work is not weight:
-        weight.copy_(work)
-    if bias is not None and work_bias is not None and work_bias is not bias:
-        bias.copy_(work_bias)
+__all__ = ["step_in_z"]
 
 
 def step_in_z(
@@ -61,9 +38,7 @@ def step_in_z(
         if p.grad is not None and l2:
             p.grad.add_(p, alpha=l2)
     for x, f in zip(live, factors, strict=True):
-        assert x.weight.grad is not None
-        bias = None if x.bias is None else x.bias.grad
-        apply_on_rows(to_z, x.layer.adapter, x.layer.rows, x.weight.grad, bias, f)
+        apply_on_rows(to_z, x.layer.adapter, x.layer.rows, x.weight_grad, x.bias_grad, f)
 
     origin = [p.detach().clone() for p in parameters]
     if traits.additive and parameters:
@@ -75,9 +50,8 @@ def step_in_z(
         for p, w in zip(parameters, origin, strict=True):
             p.copy_(w)
         raise
-    if not traits.additive:
-        for p, w in zip(parameters, origin, strict=True):
-            p.sub_(w)
+    if not traits.additive and parameters:
+        torch._foreach_sub_(parameters, origin)
     for x, f in zip(live, factors, strict=True):
         apply_on_rows(from_z, x.layer.adapter, x.layer.rows, x.weight, x.bias, f)
     for p, w, (_, shrink) in zip(parameters, origin, decays, strict=True):

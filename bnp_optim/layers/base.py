@@ -77,6 +77,8 @@ class LayerAdapter(ABC):
     def matrix(self, rows: Rows, weight: Tensor) -> Tensor:
         """A view of ``weight``, or of its gradient, of shape ``(groups, rows of a group, fan_in)``.
 
+        With one group it may be ``(rows, fan_in)``.
+
         Raises:
             RuntimeError: if the memory layout admits no such view; the caller then works on a contiguous copy.
         """

@@ -20,6 +20,9 @@ class LinearAdapter(LayerAdapter):
         values = input.reshape(-1, input.shape[-1])
         return Samples(values, values.shape[0])
 
+    def matrix(self, rows: Rows, weight: Tensor) -> Tensor:
+        return weight
+
     def respond(self, module: nn.Module, input: Tensor, direction: Tensor) -> Tensor:
         return (input.reshape(-1, input.shape[-1]) @ direction[0])[:, None, None]
 
