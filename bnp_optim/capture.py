@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 
 from bnp_optim.layers import LayerAdapter, Rows, is_plain
 from bnp_optim.moments import Moments, merge_moments, moments, statistics_dtype, thinned
@@ -28,11 +28,12 @@ __all__ = ["ForwardTap", "Gate", "Intake"]
 
 
 class Gate:
-    """Whether forwards are measured at present; shared by all taps of a wrapper."""
+    """Whether forwards are measured at present, and which gradients are gone; shared by all taps of a wrapper."""
 
     def __init__(self) -> None:
         self.paused = 0
         self.due = True
+        self.era = 0  # counts the wrapper's calls of zero_grad
 
     @property
     def open(self) -> bool:
@@ -43,10 +44,11 @@ class Gate:
 class _Batch:
     """The samples of one forward call of one module; called by backward when it reaches that call."""
 
-    __slots__ = ("arrive", "counted", "inside", "moments", "projection")
+    __slots__ = ("arrive", "counted", "inside", "moments", "projection", "version")
 
     def __init__(self, moments: Moments, arrive: Callable[[_Batch], None]) -> None:
         self.moments = moments
+        self.version = moments.mean._version
         self.projection: Projection | None = None
         self.counted = -1  # the lifetime of .grad in which these samples were counted
         self.inside = torch._C._current_graph_task_id()  # the backward pass that this forward runs inside of, or -1
@@ -55,18 +57,26 @@ class _Batch:
     def __call__(self, grads: Any) -> None:
         self.arrive(self)
 
+    @property
+    def intact(self) -> bool:
+        """Whether what was kept as a view of the user's tensor is still what it was."""
+        return self.moments.mean._version == self.version
+
 
 class Intake:
     """The samples of one weight on their way from forward to step; tied modules share it.
 
     Args:
         rows: Geometry that samples must match; others are ignored.
+        gate: The wrapper's.
         device: Where the layer is.
         dtype: Of the buffers for compiled graphs and of the spectral direction.
     """
 
-    def __init__(self, rows: Rows, *, device: torch.device, dtype: torch.dtype) -> None:
-        self.rows = rows
+    def __init__(self, rows: Rows, gate: Gate, *, device: torch.device, dtype: torch.dtype) -> None:
+        self.channels = rows.statistics
+        self._gate = gate
+        self._era = gate.era
         self.direction: Tensor | None = None  # warm start of the spectral step scale, else None
         self.fired = False  # whether any forward was ever seen, measurable or not
         self.traced = False  # whether a compiled forward ran since the last step
@@ -76,7 +86,7 @@ class Intake:
         self._pass = -1  # the backward pass in which the last of them arrived
         self._lifetime = 0  # counts the gradients that .grad held one after the other
         self._weight: Tensor | None = None
-        self._sink: Node | None = None  # the node that accumulates into the weight's .grad
+        self._sink: Any = None  # the node that accumulates into the weight's .grad
         self._sink_of: tuple[torch.device, torch.dtype] | None = None
         self.traced_counts = torch.zeros(2, device=device, dtype=dtype)  # samples, observations
         self.traced_mean = torch.zeros(rows.statistics, device=device, dtype=dtype)
@@ -124,11 +134,14 @@ class Intake:
 
     def take(self) -> tuple[Moments | None, Projection | None]:
         """The samples whose gradient is in ``.grad`` now, once: they are gone afterwards."""
-        batches = self._batches
+        batches = self._batches if self._era == self._gate.era else []
         self.discard()
-        if len(batches) == 1 and not self.traced:
-            return batches[0].moments, batches[0].projection
-        parts = [b.moments for b in batches]
+        if not self.traced:
+            if not batches:
+                return None, None
+            if len(batches) == 1 and batches[0].intact:
+                return batches[0].moments, batches[0].projection
+        parts = [b.moments for b in batches if b.intact]
         if self.traced:
             samples, observations = self.traced_counts.clone()
             variance = self.traced_m2 / observations
@@ -142,8 +155,8 @@ class Intake:
 
     def discard(self) -> None:
         """The gradient is gone, and with it the samples that it was made of."""
-        if self._batches:
-            self._batches = []
+        self._era = self._gate.era
+        self._batches = []
         self._lifetime += 1
 
     def clear_trace(self) -> None:
@@ -156,6 +169,8 @@ class Intake:
     def _arrive(self, batch: _Batch) -> None:
         if self._weight is None or not _reaches(self._sink):
             return  # a gradient with respect to something before this layer
+        if self._era != self._gate.era:
+            self.discard()
         task = torch._C._current_graph_task_id()
         # NOTE: a reentrant checkpoint runs a pass inside of another, which has delivered nothing yet
         if self._batches and task != self._pass != batch.inside and self._weight.grad is None:
@@ -166,10 +181,10 @@ class Intake:
             self._batches.append(batch)
 
 
-def _reaches(sink: Node | None) -> bool:
+def _reaches(sink: Any) -> bool:
     """Whether the backward pass that is running delivers the gradient of that leaf."""
     try:
-        return bool(torch._C._will_engine_execute_node(sink))  # type: ignore[attr-defined]
+        return bool(torch._C._will_engine_execute_node(sink))
     except RuntimeError:  # torch.autograd.grad, which returns this gradient instead of accumulating it
         return True
 
@@ -183,6 +198,7 @@ class ForwardTap:
 
     def __init__(self, adapter: LayerAdapter, intake: Intake, gate: Gate, limit: int | None = None) -> None:
         self._adapter = adapter
+        self._weight_name = adapter.weight_name
         self._intake = intake
         self._gate = gate
         self._limit = limit
@@ -191,7 +207,7 @@ class ForwardTap:
         """Measure the call that just happened, or do nothing."""
         if not self._gate.open or self._intake.broken or not torch.is_grad_enabled():
             return
-        weight = module._parameters.get(self._adapter.weight_name)
+        weight = module._parameters.get(self._weight_name)
         input = args[0] if args else kwargs.get("input")
         if weight is None or not weight.requires_grad or not isinstance(input, Tensor):
             return
@@ -204,14 +220,15 @@ class ForwardTap:
     def _observe(self, module: nn.Module, weight: Tensor, input: Tensor, output: Tensor) -> None:
         intake = self._intake
         try:
-            input = input.detach()
+            # what a layer before has made is saved for backward: whoever changes it in place makes autograd complain
+            fixed, input = input.requires_grad, input.detach()
             values, size = self._adapter.samples(module, input)
-            if values.numel() == 0 or values.shape[1] != intake.rows.statistics:
+            if values.numel() == 0 or values.shape[1] != intake.channels:
                 return
             if self._limit is not None:
                 values = thinned(values, self._limit, intake.calls)
                 intake.calls += 1
-            batch = intake.expect(moments(values, size, statistics_dtype(weight)), weight, output)
+            batch = intake.expect(moments(values, size, statistics_dtype(weight), view=fixed), weight, output)
             if intake.direction is not None and batch is not None:
                 batch.projection = _project_exactly(
                     self._adapter, module, input, intake.direction.to(input.device, statistics_dtype(weight))
@@ -226,7 +243,7 @@ class ForwardTap:
 
     def _trace(self, module: nn.Module, input: Tensor) -> None:
         values, size = self._adapter.samples(module, input.detach())
-        if values.numel() and values.shape[1] == self._intake.rows.statistics:
+        if values.numel() and values.shape[1] == self._intake.channels:
             values = thinned(values, self._limit, 0)  # always the same ones: a graph has no memory of its calls
             self._intake.trace(moments(values, size, self._intake.traced_mean.dtype))
             self._intake.traced = True

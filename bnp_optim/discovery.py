@@ -55,7 +55,7 @@ class Layer:
 
     def _shared(self, name: str) -> Tensor | None:
         first = self.modules[0]._parameters.get(name)
-        if any(m._parameters.get(name) is not first for m in self.modules[1:]):
+        if len(self.modules) > 1 and any(m._parameters.get(name) is not first for m in self.modules):
             return None
         return first
 

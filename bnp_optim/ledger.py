@@ -9,9 +9,8 @@ Whether a batch is finite is known on its device alone. On the CPU reading that 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,42 +20,35 @@ from bnp_optim.moments import Moments
 __all__ = ["DeviceLedger", "HostLedger", "Ledger"]
 
 Batch = Sequence[Moments | None]
+Weight = float | Tensor  # one for all layers, or (layers, 1)
 
 
 class Ledger(Protocol):
-    """Counts and masses of the layers of one bank; all tensors are (layers, 1) or broadcast to it."""
+    """Counts and masses of the layers of one bank. What it says of a batch holds from weigh() to the next one."""
 
-    def admit(self, batch: Batch, total: Tensor) -> bool:
-        """Enter the batch, unless ``total`` (a sum over it) is not finite. False: certainly nothing entered."""
+    def weigh(self, batch: Batch) -> tuple[Weight, Weight]:
+        """(1 - r, r) for a batch that may enter; a layer without samples gets (0, 1)."""
 
-    @property
-    def gain(self) -> Tensor:
-        """1 - r of the last batch; 0 for layers that it did not touch."""
+    def enter(self, finite: Any) -> None:
+        """The batch enters if ``finite``."""
 
     @property
     def touched(self) -> Tensor | None:
-        """Which layers the last batch entered (bool); None: all of them."""
+        """Which layers the batch has samples of, (layers,) bool; None: all of them."""
 
     @property
     def samples(self) -> Tensor:
-        """N of the last batch, at least 1."""
+        """N of the batch, at least 1, (layers,); another object if it changed."""
 
     @property
-    def single(self) -> Tensor:
-        """Which layers have seen exactly one observation (bool)."""
-
-    @property
-    def unseen(self) -> Tensor | None:
-        """Which layers have seen nothing although they were to (bool); None: certainly none."""
-
-    def spoil(self, total: Tensor, values: Tensor) -> None:
-        """Blank ``values`` in place if ``total`` is not finite."""
+    def single(self) -> Tensor | None:
+        """Which layers rest on one observation once it has entered, (layers,) bool; None: certainly none of them."""
 
     def count(self, i: int) -> Tensor:
         """Observations that layer ``i`` has seen, an int64 scalar (a copy)."""
 
     def mass(self, i: int) -> Tensor:
-        """w of layer ``i``, a scalar (a copy)."""
+        """The mass of layer ``i``, a scalar (a copy)."""
 
     def restore(self, i: int, count: Tensor, mass: Tensor) -> None:
         """Go on from there."""
@@ -68,65 +60,62 @@ class HostLedger:
     def __init__(self, layers: int, decay: float, debias: bool, *, dtype: torch.dtype, device: torch.device) -> None:
         self._decay = decay
         self._debias = debias
+        self._dtype = dtype
         self._counts = [0] * layers
         self._masses = [0.0] * layers
-        self._dtype = dtype
-        self._common = torch.zeros(1, 1, dtype=dtype)  # written anew at each step, where all layers have the same gain
-        self._samples_of: tuple[int, ...] = ()
-        self._single_of: list[bool] = []
-        self.gain = self._common
+        self._new = self._counts, self._masses  # once the batch has entered
+        self._samples_of = [1] * layers
+        self.samples = torch.ones(layers, dtype=dtype)
         self.touched: Tensor | None = None
-        self.samples = self._common
-        self.single = torch.zeros(layers, 1, dtype=torch.bool)
-        self.unseen = None
 
-    def admit(self, batch: Batch, total: Tensor) -> bool:
-        if not math.isfinite(total.item()):
-            return False
-        gains = []
-        for i, b in enumerate(batch):
+    def weigh(self, batch: Batch) -> tuple[Weight, Weight]:
+        """See :class:`Ledger`."""
+        counts, masses, samples, gains = [], [], [], []
+        for b, count, mass in zip(batch, self._counts, self._masses, strict=True):
             n = 0 if b is None else int(b.observations)
-            if not n:
-                gains.append(0.0)
-                continue
-            self._counts[i] += n
-            if self._debias:
-                self._masses[i] = self._decay * self._masses[i] + 1
-                gains.append(1 / self._masses[i])
+            if b is None or not n:
+                gain = 0.0
+                samples.append(1)
             else:
-                gains.append(1 - self._decay)
-        if gains.count(gains[0]) == len(gains):
-            self.gain = self._common.fill_(gains[0])
-        else:
-            self.gain = self._column(gains)
-        self.touched = None if all(gains) else self._column([g > 0 for g in gains], torch.bool)
-        samples = tuple(1 if b is None else max(1, int(b.samples)) for b in batch)
+                mass = self._decay * mass + 1
+                gain = 1 / mass if self._debias else 1 - self._decay
+                samples.append(max(1, int(b.samples)))
+            counts.append(count + n)
+            masses.append(mass)
+            gains.append(gain)
+        self._new = counts, masses
         if samples != self._samples_of:
-            self._samples_of, self.samples = samples, self._column(samples)
-        self._note_single()
-        return True
+            self._samples_of, self.samples = samples, torch.tensor(samples, dtype=self._dtype)
+        self.touched = None if all(gains) else torch.tensor([g > 0 for g in gains])
+        if gains.count(gains[0]) == len(gains):
+            return gains[0], 1 - gains[0]
+        column = torch.tensor(gains, dtype=self._dtype).unsqueeze(1)
+        return column, 1 - column
 
-    def spoil(self, total: Tensor, values: Tensor) -> None:
-        return None
+    def enter(self, finite: Any) -> None:
+        """See :class:`Ledger`."""
+        if finite:
+            self._counts, self._masses = self._new
+
+    @property
+    def single(self) -> Tensor | None:
+        """See :class:`Ledger`."""
+        counts = self._new[0]
+        return torch.tensor([n == 1 for n in counts]) if 1 in counts else None
 
     def count(self, i: int) -> Tensor:
+        """See :class:`Ledger`."""
         return torch.tensor(self._counts[i])
 
     def mass(self, i: int) -> Tensor:
+        """See :class:`Ledger`."""
         return torch.tensor(self._masses[i], dtype=torch.float64)
 
     def restore(self, i: int, count: Tensor, mass: Tensor) -> None:
+        """See :class:`Ledger`."""
         self._counts[i] = int(count)
         self._masses[i] = float(mass)
-        self._note_single()
-
-    def _note_single(self) -> None:
-        single = [n == 1 for n in self._counts]
-        if single != self._single_of:
-            self._single_of, self.single = single, self._column(single, torch.bool)
-
-    def _column(self, values: Sequence[float], dtype: torch.dtype | None = None) -> Tensor:
-        return torch.tensor(values, dtype=dtype or self._dtype).unsqueeze(1)
+        self._new = self._counts, self._masses
 
 
 class DeviceLedger:
@@ -135,56 +124,56 @@ class DeviceLedger:
     def __init__(self, layers: int, decay: float, debias: bool, *, dtype: torch.dtype, device: torch.device) -> None:
         self._decay = decay
         self._debias = debias
-        self._counts = torch.zeros(layers, 1, dtype=torch.int64, device=device)
-        self._masses = torch.zeros(layers, 1, dtype=dtype, device=device)
-        self.gain = torch.zeros(layers, 1, dtype=dtype, device=device)
-        self.samples = torch.ones(layers, 1, dtype=dtype, device=device)
-        self._observations = torch.zeros(layers, 1, dtype=dtype, device=device)
+        self._counts = torch.zeros(layers, dtype=torch.int64, device=device)
+        self._masses = torch.zeros(layers, dtype=dtype, device=device)
+        self._new = self._counts, self._masses
+        self._samples = torch.ones(layers, dtype=dtype, device=device)
+        self._observations = torch.zeros(layers, dtype=dtype, device=device)
         self._written: list[tuple[int | Tensor, int | Tensor]] = [(1, 0)] * layers
-        self.touched: Tensor | None = torch.zeros(layers, 1, dtype=torch.bool, device=device)
+        self.touched: Tensor | None = self._counts > 0
 
-    @property
-    def single(self) -> Tensor:
-        return self._counts == 1
-
-    @property
-    def unseen(self) -> Tensor | None:
-        return self._counts == 0
-
-    def admit(self, batch: Batch, total: Tensor) -> bool:
+    def weigh(self, batch: Batch) -> tuple[Weight, Weight]:
+        """See :class:`Ledger`."""
+        capturing = self._counts.is_cuda and torch.cuda.is_current_stream_capturing()
         for i, b in enumerate(batch):
-            now = (1, 0) if b is None else (b.samples, b.observations)
+            now: tuple[int | Tensor, int | Tensor] = (1, 0) if b is None else (b.samples, b.observations)
             # counts change seldom, so the host remembers what it wrote; but a captured graph must write them itself
-            remembered = now == self._written[i] if all(isinstance(x, int) for x in now) else False
-            if remembered and not _capturing(self._counts):
-                continue
-            for buffer, value in zip((self.samples, self._observations), now, strict=True):
-                buffer[i] = value
-            self._written[i] = now
-        self.samples.clamp_(min=1)
-        touched = (self._observations > 0) & torch.isfinite(total)
-        self.touched = touched
-        self._counts += torch.where(touched, self._observations, 0).to(torch.int64)
-        if self._debias:
-            self._masses.copy_(torch.where(touched, self._decay * self._masses + 1, self._masses))
-            self.gain = torch.where(touched, 1 / self._masses.clamp(min=1), 0.0)
-        else:
-            self.gain = touched.to(self._masses.dtype) * (1 - self._decay)
-        return True
+            if capturing or any(isinstance(x, Tensor) for x in now) or now != self._written[i]:
+                self._samples[i], self._observations[i] = now
+                self._written[i] = now
+        self.touched = touched = self._observations > 0
+        masses = torch.where(touched, self._decay * self._masses + 1, self._masses)
+        self._new = self._counts + self._observations.to(torch.int64), masses
+        # a mass is at least 1 where there are samples
+        gain = touched / masses.clamp(min=1) if self._debias else touched * (1 - self._decay)
+        gain = gain.unsqueeze(1).to(masses.dtype)
+        return gain, 1 - gain
 
-    def spoil(self, total: Tensor, values: Tensor) -> None:
-        values.copy_(torch.where(torch.isfinite(total), values, 0))
+    def enter(self, finite: Any) -> None:
+        """See :class:`Ledger`."""
+        for kept, new in zip((self._counts, self._masses), self._new, strict=True):
+            kept.copy_(torch.where(finite, new, kept))
+
+    @property
+    def samples(self) -> Tensor:
+        """See :class:`Ledger`."""
+        return self._samples.clamp(min=1)
+
+    @property
+    def single(self) -> Tensor | None:
+        """See :class:`Ledger`."""
+        return self._new[0] == 1
 
     def count(self, i: int) -> Tensor:
-        return self._counts[i, 0].clone()
+        """See :class:`Ledger`."""
+        return self._counts[i].clone()
 
     def mass(self, i: int) -> Tensor:
-        return self._masses[i, 0].clone()
+        """See :class:`Ledger`."""
+        return self._masses[i].clone()
 
     def restore(self, i: int, count: Tensor, mass: Tensor) -> None:
-        self._counts[i, 0] = count
-        self._masses[i, 0] = mass
-
-
-def _capturing(tensor: Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+        """See :class:`Ledger`."""
+        self._counts[i] = count
+        self._masses[i] = mass
+        self._new = self._counts, self._masses

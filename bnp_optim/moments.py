@@ -22,7 +22,7 @@ class Moments(NamedTuple):
     Args:
         samples: ``N`` of the step scale.
         observations: Rows that the moments average over (samples × positions).
-        mean: μ_A, (channels,)
+        mean: μ_A, (channels,); for a single observation (1, channels).
         variance: σ_A², the mean of (a - μ_A)², (channels,); None for a single observation, which has none.
     """
 
@@ -32,18 +32,22 @@ class Moments(NamedTuple):
     variance: Tensor | None
 
 
-def moments(values: Tensor, samples: int, dtype: torch.dtype) -> Moments:
+def moments(values: Tensor, samples: int, dtype: torch.dtype, *, view: bool = False) -> Moments:
     """The moments of ``values`` (observations, channels, *positions), without gradient history.
+
+    A single observation is copied, or with ``view`` kept as it is.
 
     Deviations are taken from the batch's own means, so |mean| ≫ std costs no digits of the variance.
     """
-    values = values if values.dtype == dtype else values.to(dtype)
+    if values.dtype is not dtype:
+        values = values.to(dtype)
     observations = values.numel() // values.shape[1]
-    if torch.compiler.is_compiling() or values.device.type not in ("cpu", "cuda"):
+    if torch.compiler.is_compiling():
         return Moments(samples, observations, *_two_passes(values))
     if observations == 1:
-        return Moments(samples, 1, values.reshape(-1).clone(), None)
-    if values.device.type == "cuda":  # one pass over the activation, whatever its memory format
+        values = values if values.dim() == 2 else values.reshape(1, -1)
+        return Moments(samples, 1, values if view else values.clone(), None)
+    if not values.is_cpu:  # one pass over the activation, whatever its memory format
         variance, mean = torch.var_mean(values, (0, *range(2, values.dim())), correction=0)
         return Moments(samples, observations, mean, variance)
     return Moments(samples, observations, *_on_cpu(values))
@@ -52,10 +56,12 @@ def moments(values: Tensor, samples: int, dtype: torch.dtype) -> Moments:
 def merge_moments(parts: Sequence[Moments]) -> Moments:
     """The moments of the concatenation (Chan, Golub, LeVeque 1983)."""
     total = parts[0]
+    if len(parts) > 1:
+        total = total._replace(mean=total.mean.flatten())
     for part in parts[1:]:
         n = total.observations + part.observations
         share = part.observations / n
-        delta = part.mean - total.mean
+        delta = part.mean.flatten() - total.mean
         spread = delta * delta * (share * (1 - share))
         if total.variance is not None:
             spread = spread + total.variance * (1 - share)

@@ -212,7 +212,7 @@ class BNPreconditioner(Optimizer):
                 self._advise(at_first_steps(live, tracker, self.param_groups))
                 if any(tracker.fired(x.layer) for x in live):
                     self._warned.add("seen")  # a forward was seen: all is well
-            tracker.commit(live)
+            tracker.commit()
             live = [x for x in live if x.layer in tracker.ready]
             factors = [tracker.factors(x.layer) for x in live]
             if self._form == "two_sided":

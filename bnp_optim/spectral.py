@@ -73,7 +73,7 @@ def power_step(
         direction: u, (groups, 1 + fan_in).
         factors: The newest μ, 1/σ̃; its q² is ignored (P is taken at q = 1).
         affine: Whether the bias takes part in P.
-        active: Whether the step's samples count (a bool tensor of one entry; None: yes); if not, ``direction`` stays.
+        active: Whether the step's samples count (a bool scalar tensor); if not, ``direction`` stays.
     """
     mean, inv_std = (v.view(direction.shape[0], -1) for v in (factors.mean, factors.inv_std))
     p = Factors(mean, inv_std, torch.ones_like(factors.q2), factors.spread)
@@ -90,6 +90,5 @@ def power_step(
         bias.mul_(inverse)
     from_z(weight, bias, p)
     new = torch.cat([torch.zeros_like(direction[:, :1]) if bias is None else bias, weight.squeeze(1)], dim=1)
-    changes = usable if active is None else usable & active
-    direction.copy_(torch.where(changes[:, None], new, direction))
+    direction.copy_(torch.where((usable & active)[:, None], new, direction))
     return top.clamp(min=1)

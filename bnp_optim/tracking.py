@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from bnp_optim.capture import ForwardTap, Gate, Intake, drop_inert_taps
 from bnp_optim.discovery import Layer, SkipRule, find_layers
-from bnp_optim.moments import statistics_dtype
+from bnp_optim.moments import Moments, statistics_dtype
 from bnp_optim.spectral import Projection, initial_direction, power_step
 from bnp_optim.statistics import LayerStatistics, StatisticsBank, StatisticsOptions, shelves
 from bnp_optim.transform import Factors
@@ -21,17 +21,6 @@ from bnp_optim.transform import Factors
 __all__ = ["LiveLayer", "Tracker"]
 
 Home = tuple[torch.device, torch.dtype]
-
-
-@dataclass(eq=False)
-class _Place:
-    """Where the samples and the statistics of one layer are kept."""
-
-    layer: Layer
-    intake: Intake
-    bank: StatisticsBank
-    row: int
-    home: Home
 
 
 class LiveLayer(NamedTuple):
@@ -46,6 +35,30 @@ class LiveLayer(NamedTuple):
     bias: Tensor | None
     weight_grad: Tensor
     bias_grad: Tensor | None
+
+
+@dataclass(eq=False)
+class _Place:
+    """Where the samples and the statistics of one layer are kept; ``live`` as of the last call of ``live()``."""
+
+    layer: Layer
+    intake: Intake
+    bank: StatisticsBank
+    row: int
+    device: torch.device
+    dtype: torch.dtype
+    live: LiveLayer | None = None
+    projection: Projection | None = None
+
+    def take(self) -> Moments | None:
+        """The samples behind the gradient; where there is none, what waits has lost its gradient."""
+        if self.live is not None:
+            moments, self.projection = self.intake.take()
+            return moments
+        self.intake.discard()
+        if self.intake.traced:
+            self.intake.clear_trace()
+        return None
 
 
 class Tracker:
@@ -89,7 +102,7 @@ class Tracker:
             device, dtype = _home(layer)
             intake = known.pop((id(layer.modules[0]), layer.rows), None)  # with what waits in it
             if intake is None:
-                intake = Intake(layer.rows, device=device, dtype=dtype)
+                intake = Intake(layer.rows, self.gate, device=device, dtype=dtype)
                 if self.options.step_scale == "spectral":
                     intake.direction = self._initial_direction(i, device, dtype)
             intakes.append(intake)
@@ -121,15 +134,15 @@ class Tracker:
     def live(self, owned: Collection[int]) -> list[LiveLayer]:
         """The layers whose weight has a gradient and is among the ``owned`` parameters (ids), as of now."""
         live = []
-        for layer in self.layers:
+        for layer, place in self._places.items():
             weight, bias = layer.weight, layer.bias
-            if weight is None or id(weight) not in owned:
-                continue
-            weight_grad = _dense_grad(weight)
-            if weight_grad is None:
+            weight_grad = None if weight is None or id(weight) not in owned else _dense_grad(weight)
+            if weight is None or weight_grad is None:
+                place.live = None
                 continue
             bias_grad = None if bias is None or id(bias) not in owned else _dense_grad(bias)
-            live.append(LiveLayer(layer, weight, None if bias_grad is None else bias, weight_grad, bias_grad))
+            place.live = LiveLayer(layer, weight, None if bias_grad is None else bias, weight_grad, bias_grad)
+            live.append(place.live)
         return live
 
     def fired(self, layer: Layer) -> bool:
@@ -142,49 +155,31 @@ class Tracker:
 
     def discard(self) -> None:
         """The gradients were zeroed, and with them go the samples they were made of."""
-        for place in self._places.values():
-            place.intake.discard()
+        self.gate.era += 1
 
-    def commit(self, live: Sequence[LiveLayer]) -> None:
-        """Commit the samples behind the gradients of ``live``; what waits in other layers has lost its gradient."""
-        if any(_home_of(x.weight) != self._places[x.layer].home for x in live):
-            self._move()
-        by_layer = {x.layer: x for x in live}
-        taken = {}
-        for layer, place in self._places.items():
-            if layer in by_layer:
-                taken[layer] = place.intake.take()
-            else:
-                place.intake.discard()
-                place.intake.clear_trace()
-        batches = [[taken[x][0] if x in taken else None for x in layers] for layers, _ in self._banks]
+    def commit(self) -> None:
+        """Commit the samples behind the gradients of the layers that ``live()`` has found."""
+        for place in self._places.values():
+            weight = None if place.live is None else place.live.weight
+            if weight is not None and (weight.dtype is not place.dtype or weight.device != place.device):
+                self._move()
+                break
+        batches = [[place.take() for place in shelf] for shelf in self._shelves]
         if not any(m is not None for batch in batches for m in batch):
             return
-        totals = [bank.gather(batch) for (_, bank), batch in zip(self._banks, batches, strict=True)]
-        for (layers, bank), batch in zip(self._banks, batches, strict=True):
-            total = totals[0] if len(totals) == 1 else sum((t.to(bank.q2) for t in totals[1:]), totals[0].to(bank.q2))
-            if not bank.commit(total):
+        banks = [shelf[0].bank for shelf in self._shelves]
+        finite = [bank.propose(batch) for bank, batch in zip(banks, batches, strict=True)]
+        for shelf, bank, batch in zip(self._shelves, banks, batches, strict=True):
+            everywhere = finite[0] if len(finite) == 1 else _all(finite, bank.now.q2.device)
+            bank.settle(everywhere)
+            if everywhere is False:
                 continue
-            bank.refresh()
-            self.ready.update(layer for layer, m in zip(layers, batch, strict=True) if m is not None)
+            if len(self.ready) < len(self.layers):
+                self.ready.update(place.layer for place, m in zip(shelf, batch, strict=True) if m is not None)
             if self.options.step_scale == "spectral":
-                for layer in layers:
-                    if layer in by_layer:
-                        self._power_step(by_layer[layer], taken[layer][1])
+                for place in shelf:
+                    _power_step(place, everywhere)
                 bank.refresh()
-
-    def _power_step(self, live: LiveLayer, projection: Projection | None) -> None:
-        """Let the layer's q² follow the largest eigenvalue."""
-        place = self._places[live.layer]
-        direction = place.intake.direction
-        if projection is None or direction is None:
-            return
-        touched = place.bank.ledger.touched
-        active = None if touched is None else touched[place.row]
-        factors = place.bank.factors(place.row)
-        affine = live.bias is not None
-        q2 = power_step(projection, factors, affine=affine, direction=direction, active=active)
-        place.bank.set_q2(place.row, q2)
 
     def factors(self, layer: Layer) -> Factors:
         """P of the layer, from the statistics as committed."""
@@ -239,34 +234,57 @@ class Tracker:
         for i, layer in enumerate(self.layers):
             homes.setdefault(_home(layer), []).append(i)
         on_host = all(device.type == "cpu" for device, _ in homes)
-        self._banks: list[tuple[list[Layer], StatisticsBank]] = []
-        places = {}
+        self._shelves: list[list[_Place]] = []  # the layers of each bank, by row
         for (device, dtype), members in homes.items():
             for shelf in shelves([self.layers[i].rows.statistics for i in members]):
-                layers = [self.layers[members[k]] for k in shelf]
+                numbers = [members[k] for k in shelf]
                 bank = StatisticsBank(
-                    [x.rows for x in layers],
+                    [self.layers[i].rows for i in numbers],
                     self.options,
                     device=device,
                     dtype=dtype,
                     squared=self._squared,
                     on_host=on_host,
                 )
-                self._banks.append((layers, bank))
-                places |= {
-                    x: _Place(x, intakes[members[k]], bank, row, _home_of(x.weight))
-                    for row, (x, k) in enumerate(zip(layers, shelf, strict=True))
-                }
+                self._shelves.append(
+                    [
+                        _Place(self.layers[i], intakes[i], bank, row, *_home_of(self.layers[i].weight))
+                        for row, i in enumerate(numbers)
+                    ]
+                )
+        places = {place.layer: place for shelf in self._shelves for place in shelf}
         self._places = {x: places[x] for x in self.layers}
 
     def _move(self) -> None:
         """The model went to another device or dtype after it was wrapped: follow it."""
         snapshots = {layer: self.snapshot(layer) for layer in self.ready}
-        self._settle([place.intake for place in self._places.values()])
+        before = self._places
+        self._settle([place.intake for place in before.values()])
         for layer, place in self._places.items():
+            place.live = before[layer].live
             place.intake.move(*_home(layer))
         for layer, snapshot in snapshots.items():
             self.restore(layer, snapshot)
+
+
+def _all(finite: Sequence[Any], device: torch.device) -> Any:
+    """Whether every bank's samples are finite, on ``device`` where it is no plain bool."""
+    if all(isinstance(x, bool) for x in finite):
+        return all(finite)
+    return torch.stack([x.to(device) for x in finite]).all()
+
+
+def _power_step(place: _Place, finite: Any) -> None:
+    """Let the layer's q² follow the largest eigenvalue."""
+    direction = place.intake.direction
+    if place.live is None or place.projection is None or direction is None:
+        return
+    touched = place.bank.ledger.touched
+    active = torch.as_tensor(finite) if touched is None else touched[place.row] & finite
+    factors = place.bank.factors(place.row)
+    affine = place.live.bias is not None
+    q2 = power_step(place.projection, factors, affine=affine, direction=direction, active=active)
+    place.bank.set_q2(place.row, torch.where(active, q2, place.bank.now.q2[place.row]))
 
 
 def _home_of(weight: Tensor | None) -> Home:
@@ -285,9 +303,9 @@ def _dense_grad(parameter: Tensor) -> Tensor | None:
     grad = parameter.grad
     if grad is None or grad.layout != torch.strided:
         return None
-    if not grad.is_contiguous() and any(
-        stride == 0 and size > 1 for stride, size in zip(grad.stride(), grad.shape, strict=True)
-    ):
+    if grad.is_contiguous():
+        return grad
+    if any(stride == 0 and size > 1 for stride, size in zip(grad.stride(), grad.shape, strict=True)):
         parameter.grad = grad = grad.clone(memory_format=torch.contiguous_format)
     return grad
 

@@ -31,7 +31,8 @@ __all__ = ["Factors", "from_z", "precondition", "to_z"]
 class Factors:
     """What P consists of, for one layer.
 
-    What the affine forms need is derived on first use; a bank that has it for all its layers at once assigns it.
+    What the affine forms need is derived on first use; a bank that has it for all its layers at once assigns it,
+    1/q² and 1/q as plain numbers where the host knows them.
 
     Args:
         mean: ``μ``, (groups, m) or (m,).
@@ -47,12 +48,12 @@ class Factors:
     spread: Tensor
 
     @cached_property
-    def inv_q2(self) -> Tensor:
+    def inv_q2(self) -> Tensor | float:
         """1/q²."""
         return self.q2.reciprocal()
 
     @cached_property
-    def inv_q(self) -> Tensor:
+    def inv_q(self) -> Tensor | float:
         """1/q."""
         return self.q2.rsqrt()
 
@@ -77,7 +78,7 @@ def precondition(weight: Tensor, bias: Tensor | None, f: Factors) -> None:
         return
     weight.addcmul_(bias.unsqueeze(-1), _columns(f.mean), value=-1)
     weight.mul_(_columns(f.scale2))
-    _shear_back(weight, bias.mul_(f.inv_q2), f.mean)
+    _shear_back(weight, bias, f.mean, f.inv_q2)
 
 
 def to_z(weight: Tensor, bias: Tensor | None, f: Factors) -> None:
@@ -104,7 +105,7 @@ def from_z(weight: Tensor, bias: Tensor | None, f: Factors) -> None:
         _add_outer(weight, along, v * f.inv_std / ((1 + norm2).sqrt().unsqueeze(-1) * f.q2.sqrt()))
         return
     weight.mul_(_columns(f.scale))
-    _shear_back(weight, bias.mul_(f.inv_q), f.mean)
+    _shear_back(weight, bias, f.mean, f.inv_q)
 
 
 def _columns(v: Tensor) -> Tensor:
@@ -116,12 +117,12 @@ def _times(weight: Tensor, v: Tensor) -> Tensor:
     return weight @ v if v.dim() == 1 else (weight @ v.unsqueeze(-1)).squeeze(-1)
 
 
-def _shear_back(weight: Tensor, bias: Tensor, mean: Tensor) -> None:
-    """In place, bias -= weight μ."""
-    if weight.dim() == 2:
-        bias.addmv_(weight, mean, alpha=-1)
+def _shear_back(weight: Tensor, bias: Tensor, mean: Tensor, factor: Tensor | float) -> None:
+    """In place, bias ← factor · bias - weight μ."""
+    if weight.dim() == 2 and isinstance(factor, float):
+        bias.addmv_(weight, mean, beta=factor, alpha=-1)
     else:
-        bias.sub_(_times(weight, mean))
+        bias.mul_(factor).sub_(_times(weight, mean))
 
 
 def _add_outer(weight: Tensor, rows: Tensor, columns: Tensor) -> None:

@@ -17,7 +17,7 @@ class LinearAdapter(LayerAdapter):
         return Rows(groups=1, channels=weight.shape[1])
 
     def samples(self, module: nn.Module, input: Tensor) -> Samples:
-        values = input.reshape(-1, input.shape[-1])
+        values = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
         return Samples(values, values.shape[0])
 
     def matrix(self, rows: Rows, weight: Tensor) -> Tensor:
