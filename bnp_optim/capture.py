@@ -13,6 +13,7 @@ count if the weight has a gradient at ``step()``.
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -42,25 +43,58 @@ class Gate:
 
 
 class _Batch:
-    """The samples of one forward call of one module; called by backward when it reaches that call."""
+    """One forward call of one module, and later its samples; called by backward when it reaches that call."""
 
-    __slots__ = ("arrive", "counted", "inside", "moments", "projection", "version")
+    __slots__ = ("counted", "fixed", "input", "inside", "intake", "module", "moments", "projection", "tap", "version")
+    __torch_unserializable__ = True  # an output that is saved goes without its hooks, silently
 
-    def __init__(self, moments: Moments, arrive: Callable[[_Batch], None]) -> None:
-        self.moments = moments
-        self.version = moments.mean._version
+    def __init__(self, tap: ForwardTap, module: nn.Module, input: Tensor, intake: Intake) -> None:
+        self.tap = tap
+        self.module = module
+        self.input: Tensor | None = input.detach()
+        # what a layer before has made: whoever changes it in place before backward makes autograd complain
+        self.fixed = input.requires_grad
+        self.intake = intake
+        self.moments: Moments | None = None
         self.projection: Projection | None = None
+        self.version = 0
         self.counted = -1  # the lifetime of .grad in which these samples were counted
         self.inside = torch._C._current_graph_task_id()  # the backward pass that this forward runs inside of, or -1
-        self.arrive = arrive
 
-    def __call__(self, grads: Any) -> None:
-        self.arrive(self)
+    def __call__(self, grad: Any) -> None:
+        """Arrive: their gradient is about to be in ``.grad``, unless the pass is one for something before this layer."""
+        intake = self.intake
+        weight = intake.weight
+        if weight is None:
+            return
+        try:
+            if not torch._C._will_engine_execute_node(intake.sink):
+                return
+        except RuntimeError:  # torch.autograd.grad, which returns the weight's gradient instead of accumulating it
+            pass
+        if intake.era != intake.gate.era:
+            intake.discard()
+        task = torch._C._current_graph_task_id()
+        # NOTE: a reentrant checkpoint runs a pass inside of another, which has delivered nothing yet
+        if intake.batches and task != intake.task != self.inside and weight.grad is None:
+            intake.discard()  # what earlier passes had left in .grad was dropped
+        intake.task = task
+        if self.counted != intake.lifetime:
+            self.counted = intake.lifetime
+            self.measure()
+            intake.batches.append(self)
+
+    def measure(self) -> None:
+        """Sum the samples up, once."""
+        if self.input is not None:
+            input, self.input = self.input, None
+            self.tap.measure(self, self.module, input)
+            self.version = 0 if self.moments is None else self.moments.mean._version
 
     @property
     def intact(self) -> bool:
-        """Whether what was kept as a view of the user's tensor is still what it was."""
-        return self.moments.mean._version == self.version
+        """Whether there are samples, and those kept as a view of the user's tensor are still what they were."""
+        return self.moments is not None and self.moments.mean._version == self.version
 
 
 class Intake:
@@ -75,18 +109,18 @@ class Intake:
 
     def __init__(self, rows: Rows, gate: Gate, *, device: torch.device, dtype: torch.dtype) -> None:
         self.channels = rows.statistics
-        self._gate = gate
-        self._era = gate.era
+        self.gate = gate
         self.direction: Tensor | None = None  # warm start of the spectral step scale, else None
         self.fired = False  # whether any forward was ever seen, measurable or not
         self.traced = False  # whether a compiled forward ran since the last step
         self.calls = 0  # measured so far, which thinning out goes round with
         self.broken: str | None = None  # why the layer is not measured any more
-        self._batches: list[_Batch] = []  # those whose gradient is in .grad
-        self._pass = -1  # the backward pass in which the last of them arrived
-        self._lifetime = 0  # counts the gradients that .grad held one after the other
-        self._weight: Tensor | None = None
-        self._sink: Any = None  # the node that accumulates into the weight's .grad
+        self.batches: list[_Batch] = []  # those whose gradient is in .grad
+        self.task = -1  # the backward pass in which the last of them arrived
+        self.lifetime = 0  # counts the gradients that .grad held one after the other
+        self.era = gate.era
+        self.weight: Tensor | None = None
+        self.sink: Any = None  # the node that accumulates into the weight's .grad
         self._sink_of: tuple[torch.device, torch.dtype] | None = None
         self.traced_counts = torch.zeros(2, device=device, dtype=dtype)  # samples, observations
         self.traced_mean = torch.zeros(rows.statistics, device=device, dtype=dtype)
@@ -100,26 +134,28 @@ class Intake:
         if self.direction is not None:
             self.direction = self.direction.to(device, dtype)
 
-    def expect(self, moments: Moments, weight: Tensor, output: Tensor) -> _Batch | None:
-        """Let samples arrive when backward reaches ``output`` on its way to ``weight``.
-
-        NOTE: on a view (the 3-d output of Linear) the node of the base is taken: an in-place activation
-        replaces the view's own node, which backward then never visits.
-        """
-        base = output._base if output._is_view() else output
-        node = None if base is None else base.grad_fn
-        if node is None:
-            return None
+    def expect(self, batch: _Batch, weight: Tensor, output: Tensor) -> None:
+        """Let ``batch`` arrive when backward reaches ``output`` on its way to ``weight``."""
         home = weight.device, weight.dtype
-        if self._weight is not weight or self._sink_of != home:  # replaced, or moved: then torch makes a new node too
-            self._weight, self._sink, self._sink_of = weight, get_gradient_edge(weight).node, home
-        batch = _Batch(moments, self._arrive)
-        node.register_prehook(batch)
-        return batch
+        if self.weight is not weight or self._sink_of != home:  # replaced, or moved: then torch makes a new node too
+            self.weight, self.sink, self._sink_of = weight, get_gradient_edge(weight).node, home
+        if output._is_view():
+            # NOTE: an in-place activation replaces the view's own node (the 3-d output of Linear), which backward
+            # then never visits; its base's stays
+            base = output._base
+            if base is not None and base.grad_fn is not None:
+                base.grad_fn.register_prehook(batch)
+        elif output.grad_fn is not None:
+            # what Tensor.register_hook does, but for the handle, which costs more than all the rest
+            hooks = output._backward_hooks
+            if hooks is None:
+                output._backward_hooks = hooks = OrderedDict()
+                output.grad_fn._register_hook_dict(output)
+            hooks[batch] = batch
 
     def stop(self) -> None:
         """Let no sample arrive any more, until the next forward."""
-        self._weight = self._sink = self._sink_of = None
+        self.weight = self.sink = self._sink_of = None
 
     def trace(self, m: Moments) -> None:
         """Merge samples into the fixed buffers, with tensor operations only (for compiled graphs)."""
@@ -134,14 +170,11 @@ class Intake:
 
     def take(self) -> tuple[Moments | None, Projection | None]:
         """The samples whose gradient is in ``.grad`` now, once: they are gone afterwards."""
-        batches = self._batches if self._era == self._gate.era else []
+        batches = self.batches if self.era == self.gate.era else []
         self.discard()
-        if not self.traced:
-            if not batches:
-                return None, None
-            if len(batches) == 1 and batches[0].intact:
-                return batches[0].moments, batches[0].projection
-        parts = [b.moments for b in batches if b.intact]
+        if len(batches) == 1 and not self.traced and batches[0].intact:
+            return batches[0].moments, batches[0].projection
+        parts = [b.moments for b in batches if b.moments is not None and b.intact]
         if self.traced:
             samples, observations = self.traced_counts.clone()
             variance = self.traced_m2 / observations
@@ -155,9 +188,9 @@ class Intake:
 
     def discard(self) -> None:
         """The gradient is gone, and with it the samples that it was made of."""
-        self._era = self._gate.era
-        self._batches = []
-        self._lifetime += 1
+        self.era = self.gate.era
+        self.batches = []
+        self.lifetime += 1
 
     def clear_trace(self) -> None:
         """Empty the buffers of compiled graphs."""
@@ -165,28 +198,6 @@ class Intake:
         self.traced_counts.zero_()
         self.traced_mean.zero_()
         self.traced_m2.zero_()
-
-    def _arrive(self, batch: _Batch) -> None:
-        if self._weight is None or not _reaches(self._sink):
-            return  # a gradient with respect to something before this layer
-        if self._era != self._gate.era:
-            self.discard()
-        task = torch._C._current_graph_task_id()
-        # NOTE: a reentrant checkpoint runs a pass inside of another, which has delivered nothing yet
-        if self._batches and task != self._pass != batch.inside and self._weight.grad is None:
-            self.discard()  # what earlier passes had left in .grad was dropped
-        self._pass = task
-        if batch.counted != self._lifetime:
-            batch.counted = self._lifetime
-            self._batches.append(batch)
-
-
-def _reaches(sink: Any) -> bool:
-    """Whether the backward pass that is running delivers the gradient of that leaf."""
-    try:
-        return bool(torch._C._will_engine_execute_node(sink))
-    except RuntimeError:  # torch.autograd.grad, which returns this gradient instead of accumulating it
-        return True
 
 
 class ForwardTap:
@@ -205,41 +216,60 @@ class ForwardTap:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         """Measure the call that just happened, or do nothing."""
-        if not self._gate.open or self._intake.broken or not torch.is_grad_enabled():
+        intake, gate = self._intake, self._gate
+        if gate.paused or not gate.due or intake.broken or not torch.is_grad_enabled():
             return
         weight = module._parameters.get(self._weight_name)
         input = args[0] if args else kwargs.get("input")
         if weight is None or not weight.requires_grad or not isinstance(input, Tensor):
             return
-        self._intake.fired = True
+        intake.fired = True
         if torch.compiler.is_compiling():
             self._trace(module, input)
-        elif isinstance(output, Tensor) and _observable(input):
+        elif (
+            isinstance(output, Tensor)
+            and is_plain(input)
+            and not torch._C._are_functorch_transforms_active()
+            and torch._C._get_tracing_state() is None
+        ):
             self._observe(module, weight, input, output)
 
     def _observe(self, module: nn.Module, weight: Tensor, input: Tensor, output: Tensor) -> None:
+        """Measure now, or better when backward comes by: it reads the input anyway, and not every forward has one."""
+        try:
+            batch = _Batch(self, module, input, self._intake)
+            self._intake.expect(batch, weight, output)
+        except Exception as error:  # the user's forward comes first
+            self._give_up(module, error)
+            return
+        if not _kept_for_backward(input):
+            batch.measure()
+
+    def measure(self, batch: _Batch, module: nn.Module, input: Tensor) -> None:
+        """Fill ``batch`` with what ``input`` holds; where that fails, stop measuring and say so."""
         intake = self._intake
         try:
-            # what a layer before has made is saved for backward: whoever changes it in place makes autograd complain
-            fixed, input = input.requires_grad, input.detach()
+            weight = intake.weight
             values, size = self._adapter.samples(module, input)
-            if values.numel() == 0 or values.shape[1] != intake.channels:
+            if weight is None or values.numel() == 0 or values.shape[1] != intake.channels:
                 return
             if self._limit is not None:
                 values = thinned(values, self._limit, intake.calls)
                 intake.calls += 1
-            batch = intake.expect(moments(values, size, statistics_dtype(weight), view=fixed), weight, output)
-            if intake.direction is not None and batch is not None:
-                batch.projection = _project_exactly(
-                    self._adapter, module, input, intake.direction.to(input.device, statistics_dtype(weight))
-                )
-        except Exception as error:  # the user's forward comes first
-            intake.broken = f"{type(error).__name__}: {error}"
-            warnings.warn(
-                f"BNPreconditioner could not read the input of a {type(module).__name__} and stops measuring that "
-                f"layer; training continues with the statistics it has so far ({intake.broken})",
-                stacklevel=2,
-            )
+            batch.moments = moments(values, size, statistics_dtype(weight), view=batch.fixed)
+            if intake.direction is not None:
+                direction = intake.direction.to(input.device, statistics_dtype(weight))
+                batch.projection = _project_exactly(self._adapter, module, input, direction)
+        except Exception as error:  # the user's run comes first
+            self._give_up(module, error)
+
+    def _give_up(self, module: nn.Module, error: Exception) -> None:
+        self._intake.broken = f"{type(error).__name__}: {error}"
+        warnings.warn(
+            f"BNPreconditioner could not read the input of a {type(module).__name__} and stops measuring that "
+            f"layer; training continues with the statistics it has so far ({self._intake.broken})",
+            stacklevel=2,
+        )
 
     def _trace(self, module: nn.Module, input: Tensor) -> None:
         values, size = self._adapter.samples(module, input.detach())
@@ -274,8 +304,10 @@ def _drop(module: nn.Module, keys: list[int]) -> None:
         module._forward_hooks_with_kwargs.pop(key, None)
 
 
-def _observable(input: Tensor) -> bool:
-    return is_plain(input) and not torch._C._are_functorch_transforms_active() and torch._C._get_tracing_state() is None
+def _kept_for_backward(input: Tensor) -> bool:
+    """Whether autograd holds ``input`` itself until backward, unchanged: not a cast, packed or recomputed one."""
+    hooked = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooked is None and not torch.is_autocast_enabled(input.device.type)
 
 
 def _project_exactly(adapter: LayerAdapter, module: nn.Module, input: Tensor, direction: Tensor) -> Projection:

@@ -29,7 +29,7 @@ class Layer:
     adapter: LayerAdapter
     rows: Rows
     shape: torch.Size
-    _plain: Tensor | None = field(default=None, init=False, repr=False)
+    _known: Tensor | None = field(default=None, init=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -42,10 +42,10 @@ class Layer:
         weight = self._shared(self.adapter.weight_name)
         if weight is None or weight.shape != self.shape:
             return None
-        if weight is not self._plain:  # the check is slow, and seldom has news
+        if weight is not self._known:  # the check is slow, and seldom has news
             if is_traceable_wrapper_subclass(weight):
                 return None
-            self._plain = weight
+            self._known = weight
         return weight
 
     @property

@@ -23,7 +23,7 @@ from bnp_optim.discovery import SkipRule
 from bnp_optim.statistics import LayerStatistics, StatisticsOptions
 from bnp_optim.tracking import Tracker
 from bnp_optim.transform import precondition
-from bnp_optim.two_sided import step_in_z
+from bnp_optim.two_sided import ZCoordinates
 
 __all__ = ["BNPreconditioner"]
 
@@ -135,6 +135,7 @@ class BNPreconditioner(Optimizer):
         self._settings = settings
         self._traits = traits_of(optimizer)
         self._form = self._traits.form if settings["mode"] == "auto" else settings["mode"]
+        self._z = ZCoordinates(optimizer, self._traits)
         self._progress = {"steps": 0}  # an object: clients copy our __dict__ and must see the same count
         self._warned: set[str] = set()
         self._optimizer_step_pre_hooks = OrderedDict()
@@ -216,7 +217,7 @@ class BNPreconditioner(Optimizer):
             live = [x for x in live if x.layer in tracker.ready]
             factors = [tracker.factors(x.layer) for x in live]
             if self._form == "two_sided":
-                step_in_z(self.base_optimizer, base_step, self._traits, live, factors)
+                self._z.step(base_step, live, factors)
             else:
                 for x, f in zip(live, factors, strict=True):
                     apply_on_rows(precondition, x.layer.adapter, x.layer.rows, x.weight_grad, x.bias_grad, f)

@@ -216,7 +216,7 @@ class StatisticsBank:
             new.spread.fill_(1) if single is None else new.spread.copy_(~single)
         self._pour(new)
         if self._on_host and deviation is not None:
-            return all(0 < x for x in new.inv.tolist())
+            return all(x > 0 for x in new.inv.tolist())
         finite = torch.isfinite(self._moving_next.sum() + new.inv.sum())
         return bool(finite) if self._on_host else finite
 

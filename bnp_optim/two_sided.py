@@ -15,47 +15,91 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from bnp_optim.application import apply_on_rows
+from bnp_optim.application import add_on_rows, apply_on_rows
 from bnp_optim.bases import BaseTraits
 from bnp_optim.tracking import LiveLayer
 from bnp_optim.transform import Factors, from_z, to_z
 
-__all__ = ["step_in_z"]
+__all__ = ["ZCoordinates"]
 
 
-def step_in_z(
-    base: Optimizer,
-    base_step: Callable[[], Any],
-    traits: BaseTraits,
-    live: Sequence[LiveLayer],
-    factors: Sequence[Factors],
-) -> None:
-    """One step of ``base`` with the parameters of ``live`` seen as z."""
-    group_of = {id(p): group for group in base.param_groups for p in group["params"]}
-    parameters = [p for x in live for p in (x.weight, x.bias) if p is not None]
-    decays = [_decay(traits, group_of[id(p)]) for p in parameters]
-    for p, (l2, _) in zip(parameters, decays, strict=True):
-        if p.grad is not None and l2:
-            p.grad.add_(p, alpha=l2)
-    for x, f in zip(live, factors, strict=True):
-        apply_on_rows(to_z, x.layer.adapter, x.layer.rows, x.weight_grad, x.bias_grad, f)
+class ZCoordinates:
+    """Runs a base in z. Keeps one buffer per parameter, which holds Δz during a step.
 
-    origin = [p.detach().clone() for p in parameters]
-    if traits.additive and parameters:
-        torch._foreach_zero_(parameters)  # then the base leaves Δz itself there, to full precision
-    try:
-        with _decay_off(base, traits, {id(p) for p in parameters}):
+    Args:
+        base: The base optimizer.
+        traits: Its traits.
+    """
+
+    def __init__(self, base: Optimizer, traits: BaseTraits) -> None:
+        self._base = base
+        self._traits = traits
+        self._buffers: dict[int, Tensor] = {}
+
+    def step(self, base_step: Callable[[], Any], live: Sequence[LiveLayer], factors: Sequence[Factors]) -> None:
+        """One step of the base with the parameters of ``live`` seen as z."""
+        group_of = {id(p): group for group in self._base.param_groups for p in group["params"]}
+        parameters = [p for x in live for p in (x.weight, x.bias) if p is not None]
+        decays = [_decay(self._traits, group_of[id(p)]) for p in parameters]
+        for p, (l2, _) in zip(parameters, decays, strict=True):
+            if p.grad is not None and l2:
+                p.grad.add_(p, alpha=l2)
+        for x, f in zip(live, factors, strict=True):
+            apply_on_rows(to_z, x.layer.adapter, x.layer.rows, x.weight_grad, x.bias_grad, f)
+
+        self._buffers = {id(p): self._buffer(p) for p in parameters}
+        with _decay_off(self._base, self._traits, set(self._buffers)):
+            (self._from_zero if self._traits.additive else self._from_here)(base_step, parameters)
+        for p, (_, shrink) in zip(parameters, decays, strict=True):
+            if shrink is not None:
+                p.mul_(shrink)
+        for x, f in zip(live, factors, strict=True):
+            dz = self._buffers[id(x.weight)]
+            dz_bias = None if x.bias is None else self._buffers[id(x.bias)]
+            if not add_on_rows(x.layer.adapter, x.layer.rows, x.weight, x.bias, dz, dz_bias, f):
+                apply_on_rows(from_z, x.layer.adapter, x.layer.rows, dz, dz_bias, f)
+                x.weight.add_(dz)
+                if x.bias is not None and dz_bias is not None:
+                    x.bias.add_(dz_bias)
+
+    def _buffer(self, parameter: Tensor) -> Tensor:
+        """As large as the parameter, and kept: making it anew would cost more than filling it."""
+        known = self._buffers.get(id(parameter))
+        if known is not None and (known.shape, known.dtype, known.device, known.stride()) == (
+            parameter.shape,
+            parameter.dtype,
+            parameter.device,
+            parameter.stride(),
+        ):
+            return known
+        return torch.empty_like(parameter, requires_grad=False)
+
+    def _from_zero(self, base_step: Callable[[], Any], parameters: Sequence[Tensor]) -> None:
+        """Leave Δz in the buffers: to full precision, since there the base starts from zero."""
+        weights = [p.data for p in parameters]
+        try:
+            for p in parameters:
+                p.data = self._buffers[id(p)].zero_()
             base_step()
-    except BaseException:
-        for p, w in zip(parameters, origin, strict=True):
+        finally:
+            for p, w in zip(parameters, weights, strict=True):
+                p.data = w
+
+    def _from_here(self, base_step: Callable[[], Any], parameters: Sequence[Tensor]) -> None:
+        """Leave Δz in the buffers, for a base that must see w: as the difference."""
+        for p in parameters:
+            self._buffers[id(p)].copy_(p)
+        try:
+            base_step()
+        except BaseException:
+            for p in parameters:
+                p.copy_(self._buffers[id(p)])
+            raise
+        for p in parameters:
+            w = self._buffers[id(p)]
+            moved = p - w
             p.copy_(w)
-        raise
-    if not traits.additive and parameters:
-        torch._foreach_sub_(parameters, origin)
-    for x, f in zip(live, factors, strict=True):
-        apply_on_rows(from_z, x.layer.adapter, x.layer.rows, x.weight, x.bias, f)
-    for p, w, (_, shrink) in zip(parameters, origin, decays, strict=True):
-        p.add_(w if shrink is None else w.mul_(shrink))
+            w.copy_(moved)
 
 
 def _decay(traits: BaseTraits, group: dict[str, Any]) -> tuple[float, Any]:
