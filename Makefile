@@ -4,6 +4,7 @@
 PYTHON ?= python3
 DATA_DIR ?= data
 PYTEST_ARGS ?=
+OVERHEAD_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,10 +13,10 @@ TORCH_PIN := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test test-all lint format demo benchmark-quick build clean
+.PHONY: help venv test test-all lint format demo benchmark-quick benchmark-overhead build clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
 
 venv: $(STAMP)
 
@@ -55,6 +56,10 @@ demo: $(STAMP) ## run the demo
 
 benchmark-quick: $(STAMP) ## run the quick convergence benchmark (DATA_DIR=path/to/data)
 	$(BIN)/python -m benchmarks.convergence --quick --data-dir "$(DATA_DIR)"
+
+benchmark-overhead: $(STAMP) ## measure what a training step costs, about 1.5 hours (OVERHEAD_ARGS=--quick: 2 minutes)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[benchmarks]"
+	$(BIN)/python -m benchmarks.overhead $(OVERHEAD_ARGS)
 
 build: $(STAMP) ## build sdist and wheel, and try the wheel in a fresh environment
 	rm -rf build dist

@@ -62,7 +62,7 @@ class _Batch:
         self.inside = torch._C._current_graph_task_id()  # the backward pass that this forward runs inside of, or -1
 
     def __call__(self, grad: Any) -> None:
-        """Arrive: their gradient is about to be in ``.grad``, unless the pass is one for something before this layer."""
+        """Arrive: the gradient is about to be in ``.grad``, unless the pass is for something before this layer."""
         intake = self.intake
         weight = intake.weight
         if weight is None:
@@ -151,7 +151,7 @@ class Intake:
             if hooks is None:
                 output._backward_hooks = hooks = OrderedDict()
                 output.grad_fn._register_hook_dict(output)
-            hooks[batch] = batch
+            hooks[-id(batch)] = batch
 
     def stop(self) -> None:
         """Let no sample arrive any more, until the next forward."""
@@ -306,11 +306,17 @@ def _drop(module: nn.Module, keys: list[int]) -> None:
 
 def _kept_for_backward(input: Tensor) -> bool:
     """Whether autograd holds ``input`` itself until backward, unchanged: not a cast, packed or recomputed one."""
-    hooked = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooked is None and not torch.is_autocast_enabled(input.device.type)
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is None and not _autocasting(input)
 
 
 def _project_exactly(adapter: LayerAdapter, module: nn.Module, input: Tensor, direction: Tensor) -> Projection:
     """Autocast would make these products half precision."""
+    if not _autocasting(input):
+        return project(adapter, module, input, direction)
     with torch.autocast(input.device.type, enabled=False):
         return project(adapter, module, input, direction)
+
+
+def _autocasting(tensor: Tensor) -> bool:
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

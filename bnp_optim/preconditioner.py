@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from bnp_optim.advice import COLD, at_first_steps, at_the_door
-from bnp_optim.application import apply_on_rows
+from bnp_optim.application import CompiledTransforms, apply_to_all, gradient_task
 from bnp_optim.bases import enter, leave, traits_of
 from bnp_optim.checkpoint import merge, split
 from bnp_optim.checks import check_choice, check_differentiable, check_number, check_objects, checked_skip
@@ -67,6 +67,10 @@ class BNPreconditioner(Optimizer):
         variance: "total" includes the distance of batch means from the running mean; "batch" is the paper's, which
             is zero at batch size 1.
         stat_interval: Measure every k-th step only; in between μ, σ̃ and q stay. 1: exact.
+        max_observations: Of more observations (samples × positions) in one forward call of a layer, measure about so
+            many: every k-th row of positions, another one at each call. None: all, which is exact.
+        compiled: Transform all layers in one graph of ``torch.compile``. Worth trying on accelerators; needs what
+            the compiler needs, and its time at the first step.
         skip: Module classes, names or instances to leave alone.
 
     Raises:
@@ -89,6 +93,8 @@ class BNPreconditioner(Optimizer):
         debias: bool = True,
         variance: Variance = "total",
         stat_interval: int = 1,
+        max_observations: int | None = None,
+        compiled: bool = False,
         skip: Collection[SkipRule] = (),
     ) -> None:
         if isinstance(optimizer, BNPreconditioner):
@@ -100,15 +106,17 @@ class BNPreconditioner(Optimizer):
         check_choice("mode", mode, ("auto", "gradient", "two_sided"))
         check_choice("step_scale", step_scale, ("trace", "spectral", "fan_in", None))
         check_choice("variance", variance, ("total", "batch"))
-        check_number(
-            "stat_interval", stat_interval, lambda x: 1 <= x < math.inf and x == int(x), "a whole number of at least 1"
-        )
+        whole = "a whole number of at least 1"
+        check_number("stat_interval", stat_interval, lambda x: 1 <= x < math.inf and x == int(x), whole)
+        if max_observations is not None:
+            check_number("max_observations", max_observations, lambda x: 1 <= x < math.inf and x == int(x), whole)
+            max_observations = int(max_observations)
         rules = checked_skip(skip, model)
         self._setup(
             optimizer,
             model,
-            StatisticsOptions(stat_decay, var_rel_eps, var_eps, step_scale, bool(debias), variance),
-            {"mode": mode, "stat_interval": int(stat_interval), "skip": rules},
+            StatisticsOptions(stat_decay, var_rel_eps, var_eps, step_scale, bool(debias), variance, max_observations),
+            {"mode": mode, "stat_interval": int(stat_interval), "skip": rules, "compiled": bool(compiled)},
         )
         try:
             check_differentiable(optimizer, has_layers=bool(self._tracker.layers))
@@ -135,7 +143,8 @@ class BNPreconditioner(Optimizer):
         self._settings = settings
         self._traits = traits_of(optimizer)
         self._form = self._traits.form if settings["mode"] == "auto" else settings["mode"]
-        self._z = ZCoordinates(optimizer, self._traits)
+        self._apply = CompiledTransforms() if settings["compiled"] else apply_to_all
+        self._z = ZCoordinates(optimizer, self._traits, self._apply)
         self._progress = {"steps": 0}  # an object: clients copy our __dict__ and must see the same count
         self._warned: set[str] = set()
         self._optimizer_step_pre_hooks = OrderedDict()
@@ -153,7 +162,14 @@ class BNPreconditioner(Optimizer):
         tracker: Tracker | None = self._tracking["tracker"]
         if tracker is None:
             squared = self._form == "gradient"
-            tracker = Tracker(self._model, self._settings["skip"], self._options, self._owned(), squared=squared)
+            tracker = Tracker(
+                self._model,
+                self._settings["skip"],
+                self._options,
+                self._owned(),
+                squared=squared,
+                on_host=not self._settings["compiled"],  # numbers in a graph would be constants
+            )
             self._tracking["tracker"] = tracker
             tracker.gate.due = self._measures_next()
             for layer in tracker.layers:
@@ -205,23 +221,24 @@ class BNPreconditioner(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        tracker = self._tracker
         with torch.no_grad():
             base_step = enter(self.base_optimizer)
-            tracker = self._tracker
             live = tracker.live(self._owned())
             if "seen" not in self._warned:
                 self._advise(at_first_steps(live, tracker, self.param_groups))
                 if any(tracker.fired(x.layer) for x in live):
                     self._warned.add("seen")  # a forward was seen: all is well
-            tracker.commit()
-            live = [x for x in live if x.layer in tracker.ready]
-            factors = [tracker.factors(x.layer) for x in live]
-            if self._form == "two_sided":
-                self._z.step(base_step, live, factors)
-            else:
-                for x, f in zip(live, factors, strict=True):
-                    apply_on_rows(precondition, x.layer.adapter, x.layer.rows, x.weight_grad, x.bias_grad, f)
-                base_step()
+            try:
+                tracker.commit()
+                tasks = [(x, tracker.factors(x.layer)) for x in live if x.layer in tracker.ready]
+                if self._form == "two_sided":
+                    self._z.step(base_step, tasks)
+                else:
+                    self._apply(precondition, [gradient_task(x, f) for x, f in tasks])
+                    base_step()
+            finally:
+                tracker.release()
             leave(self.base_optimizer)
         self._progress["steps"] += 1
         tracker.gate.due = self._measures_next()

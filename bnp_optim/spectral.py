@@ -63,9 +63,7 @@ def project(adapter: LayerAdapter, module: nn.Module, input: Tensor, direction: 
     return Projection(z, y2.sum(1), y2.square().sum(1), y2.shape[1])
 
 
-def power_step(
-    total: Projection, factors: Factors, *, affine: bool, direction: Tensor, active: Tensor | None
-) -> Tensor:
+def power_step(total: Projection, factors: Factors, *, affine: bool, direction: Tensor, active: Tensor) -> Tensor:
     """Close the power step; updates ``direction`` in place and returns q², a scalar tensor.
 
     Args:

@@ -57,7 +57,7 @@ class StatisticsOptions:
 
 
 def shelves(widths: Sequence[int]) -> list[list[int]]:
-    """Split layers (by their numbers of channels) among banks so that padding stays below what they hold.
+    """Split layers (by their numbers of channels) among banks so that padding stays below half of what they hold.
 
     Small networks fit into one bank, whose steps then cost the same for any number of layers.
     """
@@ -65,7 +65,7 @@ def shelves(widths: Sequence[int]) -> list[list[int]]:
     for i in sorted(range(len(widths)), key=lambda i: -widths[i]):
         for bank in banks:
             padded = widths[bank[0]] * (len(bank) + 1)
-            if padded <= 2 * (sum(widths[j] for j in bank) + widths[i]) or padded <= _SLACK:
+            if 2 * padded <= 3 * (sum(widths[j] for j in bank) + widths[i]) or padded <= _SLACK:
                 bank.append(i)
                 break
         else:
@@ -235,7 +235,7 @@ class StatisticsBank:
         """Lay the step's samples side by side; returns their variances."""
         means: list[Tensor] = []
         variances: list[Tensor] = []
-        varied = False  # whether there is more than single observations
+        varied: bool = False  # whether there is more than single observations
         for b, padding in zip(batch, self._padding, strict=True):
             if b is None:
                 means.append(self._blank)
@@ -255,7 +255,8 @@ class StatisticsBank:
             torch.cat(means, dim=1, out=self._means)
             return self._blank
         torch.cat([*variances, *means], dim=1, out=self._batch.unsqueeze(0))
-        return self._batch_variance
+        variance: Tensor = self._batch_variance
+        return variance
 
     def _invert(self, values: _Values) -> None:
         """1/σ̃ from the variances: σ̃² = σ² + ε1·max(σ²) + ε2."""
@@ -332,10 +333,13 @@ class StatisticsBank:
 
 def _plus_square(base: Tensor, delta: Tensor, weight: float | Tensor, out: Tensor | None = None) -> Tensor:
     """``base + weight · δ²``."""
+    result: Tensor
     if isinstance(weight, float):
-        return torch.addcmul(base, delta, delta, value=weight, out=out)
-    return torch.addcmul(base, delta, delta * weight, out=out)
+        result = torch.addcmul(base, delta, delta, value=weight, out=out)
+    else:
+        result = torch.addcmul(base, delta, delta * weight, out=out)
+    return result
 
 
 def _lerp(start: Tensor, end: Tensor, weight: float | Tensor, out: Tensor) -> None:
-    torch.lerp(start.view_as(end), end, weight, out=out.view_as(end))  # type: ignore[call-overload]
+    torch.lerp(start.view_as(end), end, weight, out=out.view_as(end))

@@ -39,7 +39,7 @@ class LiveLayer(NamedTuple):
 
 @dataclass(eq=False)
 class _Place:
-    """Where the samples and the statistics of one layer are kept; ``live`` as of the last call of ``live()``."""
+    """Where the samples and the statistics of one layer are kept; ``live`` during a step."""
 
     layer: Layer
     intake: Intake
@@ -67,6 +67,7 @@ class Tracker:
     Args:
         owned: Ids of the optimizer's parameters.
         squared: Whether the transforms apply P Pᵀ; otherwise P and Pᵀ.
+        on_host: Whether the host may read numbers that depend on the data, where they are on the CPU.
     """
 
     def __init__(
@@ -77,12 +78,14 @@ class Tracker:
         owned: Collection[int],
         *,
         squared: bool,
+        on_host: bool = True,
     ) -> None:
         self.gate = Gate()
         self.options = options
         self._model = model
         self._skip = tuple(skip)
         self._squared = squared
+        self._on_host = on_host
         self._handles: list[RemovableHandle] = []
         # the list is shared, not copied: whatever is attached later is detached too
         weakref.finalize(self, _detach, self._handles).atexit = False
@@ -144,6 +147,11 @@ class Tracker:
             place.live = LiveLayer(layer, weight, None if bias_grad is None else bias, weight_grad, bias_grad)
             live.append(place.live)
         return live
+
+    def release(self) -> None:
+        """The step is over: hold no gradient any longer, or the next one would need memory of its own."""
+        for place in self._places.values():
+            place.live = place.projection = None
 
     def fired(self, layer: Layer) -> bool:
         """Whether a forward of the layer was ever seen."""
@@ -233,7 +241,7 @@ class Tracker:
         homes: dict[Home, list[int]] = {}
         for i, layer in enumerate(self.layers):
             homes.setdefault(_home(layer), []).append(i)
-        on_host = all(device.type == "cpu" for device, _ in homes)
+        on_host = self._on_host and all(device.type == "cpu" for device, _ in homes)
         self._shelves: list[list[_Place]] = []  # the layers of each bank, by row
         for (device, dtype), members in homes.items():
             for shelf in shelves([self.layers[i].rows.statistics for i in members]):

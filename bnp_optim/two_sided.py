@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from bnp_optim.application import add_on_rows, apply_on_rows
+from bnp_optim.application import Task, add_on_rows, apply_on_rows, gradient_task
 from bnp_optim.bases import BaseTraits
 from bnp_optim.tracking import LiveLayer
 from bnp_optim.transform import Factors, from_z, to_z
@@ -29,23 +29,26 @@ class ZCoordinates:
     Args:
         base: The base optimizer.
         traits: Its traits.
+        apply: Runs a transform on all layers.
     """
 
-    def __init__(self, base: Optimizer, traits: BaseTraits) -> None:
+    def __init__(
+        self, base: Optimizer, traits: BaseTraits, apply: Callable[[Callable[..., None], Sequence[Task]], None]
+    ) -> None:
         self._base = base
+        self._apply = apply
         self._traits = traits
         self._buffers: dict[int, Tensor] = {}
 
-    def step(self, base_step: Callable[[], Any], live: Sequence[LiveLayer], factors: Sequence[Factors]) -> None:
-        """One step of the base with the parameters of ``live`` seen as z."""
+    def step(self, base_step: Callable[[], Any], layers: Sequence[tuple[LiveLayer, Factors]]) -> None:
+        """One step of the base with the parameters of ``layers`` seen as z."""
         group_of = {id(p): group for group in self._base.param_groups for p in group["params"]}
-        parameters = [p for x in live for p in (x.weight, x.bias) if p is not None]
+        parameters = [p for x, _ in layers for p in (x.weight, x.bias) if p is not None]
         decays = [_decay(self._traits, group_of[id(p)]) for p in parameters]
         for p, (l2, _) in zip(parameters, decays, strict=True):
             if p.grad is not None and l2:
                 p.grad.add_(p, alpha=l2)
-        for x, f in zip(live, factors, strict=True):
-            apply_on_rows(to_z, x.layer.adapter, x.layer.rows, x.weight_grad, x.bias_grad, f)
+        self._apply(to_z, [gradient_task(x, f) for x, f in layers])
 
         self._buffers = {id(p): self._buffer(p) for p in parameters}
         with _decay_off(self._base, self._traits, set(self._buffers)):
@@ -53,7 +56,7 @@ class ZCoordinates:
         for p, (_, shrink) in zip(parameters, decays, strict=True):
             if shrink is not None:
                 p.mul_(shrink)
-        for x, f in zip(live, factors, strict=True):
+        for x, f in layers:
             dz = self._buffers[id(x.weight)]
             dz_bias = None if x.bias is None else self._buffers[id(x.bias)]
             if not add_on_rows(x.layer.adapter, x.layer.rows, x.weight, x.bias, dz, dz_bias, f):
