@@ -123,6 +123,7 @@ METHODS: dict[str, Method] = {
     for m in (
         Method("sgd", _sgd, note=f"momentum {MOMENTUM}"),
         Method("bnp-sgd", _bnp(SGD)),
+        Method("bnp-sgd-compiled", _bnp(SGD, compiled=True), note="compiled=True"),
         Method("bn", _sgd, norm="bn", note="BatchNorm after each hidden layer, SGD"),
         Method("ln", _sgd, norm="ln", note="LayerNorm, or GroupNorm(1, C), after each hidden layer, SGD"),
         Method("adamw", _adamw),

@@ -119,3 +119,14 @@ def test_module_compile_in_place() -> None:
     train(model, b, inputs(4))
     assert_same_statistics(a, b)
     assert isinstance(model, nn.Module)
+
+
+def test_two_graphs_at_most_for_any_batch_size() -> None:
+    eager, a, _, b, compiled = pair()
+    torch._dynamo.utils.counters.clear()
+    data = [x for n in (8, 5, 3, 7, 11, 6) for x in inputs(1, batch=n, seed=n)]
+    train(eager, a, data)
+    train(compiled, b, data)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    assert count(b) == 40
+    assert_same_statistics(a, b)

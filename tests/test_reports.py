@@ -208,7 +208,7 @@ def test_coverage_of_a_layer_whose_input_cannot_be_read() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optimizer._tracker.layers[0].adapter, "samples", lambda *_: 1 / 0)
         with pytest.warns(UserWarning, match="could not read the input of a Odd"):
-            model[0](torch.ones(2, 4))
+            model[0](torch.ones(2, 4)).sum().backward()  # when its turn to be read comes
     backward(model, inputs(1)[0])
     optimizer.step()
     assert "no longer measured (ZeroDivisionError: division by zero)" in optimizer.coverage()["0.weight"].why
