@@ -13,7 +13,7 @@ TORCH_PIN := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test test-all lint format demo benchmark-quick benchmark-overhead build clean
+.PHONY: help venv test test-all lint format demo benchmark-quick benchmark-overhead benchmark-sampling build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -60,6 +60,9 @@ benchmark-quick: $(STAMP) ## run the quick convergence benchmark (DATA_DIR=path/
 benchmark-overhead: $(STAMP) ## measure what a training step costs, about 1.5 hours (OVERHEAD_ARGS=--quick: 2 minutes)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[benchmarks]"
 	$(BIN)/python -m benchmarks.overhead $(OVERHEAD_ARGS)
+
+benchmark-sampling: $(STAMP) ## what measuring less costs and saves, about 8 minutes (DATA_DIR=path/to/data)
+	$(BIN)/python -m benchmarks.sampling --data-dir "$(DATA_DIR)"
 
 build: $(STAMP) ## build sdist and wheel, and try the wheel in a fresh environment
 	rm -rf build dist
