@@ -61,7 +61,7 @@ def load_cifar10(data_dir: Path, samples: int) -> tuple[Tensor, Tensor, Tensor, 
     return images(x), torch.from_numpy(y).long(), images(x_test), torch.from_numpy(y_test).long()
 
 
-def run(data: Sequence[Tensor], seeds: Sequence[int]) -> list[dict[str, Any]]:
+def run(data: Sequence[Tensor], seeds: Sequence[int], learning_rate: float) -> list[dict[str, Any]]:
     """One entry per setting: accuracies by seed, and milliseconds of every step."""
     x, y, x_test, y_test = data
     rows = [{"setting": name, "accuracy": [], "step_ms": []} for name in SETTINGS]
@@ -71,7 +71,7 @@ def run(data: Sequence[Tensor], seeds: Sequence[int]) -> list[dict[str, Any]]:
         for options in SETTINGS.values():
             torch.manual_seed(seed)
             model = cnn("none")
-            base = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+            base = torch.optim.SGD(model.parameters(), lr=learning_rate)
             trainings.append((model, base if options is None else BNPreconditioner(base, model, **options)))
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
         for batch in order.split(BATCH_SIZE)[: len(x) // BATCH_SIZE]:
@@ -148,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="holds cifar10/cifar10.npz (%(default)s)")
     parser.add_argument("--samples", type=int, default=8000, help="training images, seen once (%(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="how many (%(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help="(%(default)s)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="(benchmarks/results)")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -156,12 +157,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         data = load_cifar10(args.data_dir, args.samples)
     except DataMissingError as error:
         raise SystemExit(f"error: {error}") from None
-    summary = summarize(run(data, range(args.seeds)))
+    summary = summarize(run(data, range(args.seeds), args.learning_rate))
     args.output.mkdir(parents=True, exist_ok=True)
-    settings = {"learning_rate": LEARNING_RATE, "batch_size": BATCH_SIZE, "samples": args.samples, "seeds": args.seeds}
+    settings = {
+        "learning_rate": args.learning_rate,
+        "batch_size": BATCH_SIZE,
+        "samples": args.samples,
+        "seeds": args.seeds,
+    }
     settings |= {"torch": torch.__version__, "threads": 1, "date": time.strftime("%Y-%m-%d")}
-    (args.output / "sampling.json").write_text(json.dumps({"settings": settings, "rows": summary}, indent=1) + "\n")
-    (args.output / "sampling.md").write_text(f"{__doc__.splitlines()[0]}\n\n{settings}\n\n{table(summary)}")
+    stem = "sampling" if args.learning_rate == LEARNING_RATE else f"sampling_{args.learning_rate:g}"
+    (args.output / f"{stem}.json").write_text(json.dumps({"settings": settings, "rows": summary}, indent=1) + "\n")
+    facts = ", ".join(f"{key} {value}" for key, value in settings.items())
+    (args.output / f"{stem}.md").write_text(f"{__doc__.splitlines()[0]}\n\n{table(summary)}\n({facts})\n")
     print(table(summary))
 
 

@@ -10,7 +10,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from bnp_optim.bases import BaseTraits
-from bnp_optim.tracking import LiveLayer, Tracker
+from bnp_optim.places import LiveLayer
+from bnp_optim.tracking import Tracker
 
 __all__ = ["COLD", "at_first_steps", "at_the_door"]
 

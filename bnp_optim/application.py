@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bnp_optim.layers import LayerAdapter, Rows
-from bnp_optim.tracking import LiveLayer
+from bnp_optim.places import LiveLayer
 from bnp_optim.transform import Factors, add_from_z
 
 __all__ = ["CompiledTransforms", "Task", "add_on_rows", "apply_on_rows", "apply_to_all", "gradient_task"]

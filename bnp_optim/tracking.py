@@ -4,61 +4,22 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from bnp_optim.capture import ForwardTap, Gate, Intake, drop_inert_taps
+from bnp_optim.bank import StatisticsBank
+from bnp_optim.capture import ForwardTap, drop_inert_taps
 from bnp_optim.discovery import Layer, SkipRule, find_layers
-from bnp_optim.moments import Moments, statistics_dtype
-from bnp_optim.spectral import Projection, initial_direction, power_step
-from bnp_optim.statistics import LayerStatistics, StatisticsBank, StatisticsOptions, shelves
+from bnp_optim.intake import Gate, Intake
+from bnp_optim.places import Home, LiveLayer, Place, dense_grad, home_of, statistics_home
+from bnp_optim.spectral import initial_direction
+from bnp_optim.statistics import LayerStatistics, StatisticsOptions, shelves
 from bnp_optim.transform import Factors
 
-__all__ = ["LiveLayer", "Tracker"]
-
-Home = tuple[torch.device, torch.dtype]
-
-
-class LiveLayer(NamedTuple):
-    """A layer whose weight has a gradient at this step.
-
-    Args:
-        bias: The bias that takes part in P, or None: then the rank-one form serves the weight alone.
-    """
-
-    layer: Layer
-    weight: Tensor
-    bias: Tensor | None
-    weight_grad: Tensor
-    bias_grad: Tensor | None
-
-
-@dataclass(eq=False)
-class _Place:
-    """Where the samples and the statistics of one layer are kept; ``live`` during a step."""
-
-    layer: Layer
-    intake: Intake
-    bank: StatisticsBank
-    row: int
-    device: torch.device
-    dtype: torch.dtype
-    live: LiveLayer | None = None
-    projection: Projection | None = None
-
-    def take(self) -> Moments | None:
-        """The samples behind the gradient; where there is none, what waits has lost its gradient."""
-        if self.live is not None:
-            moments, self.projection = self.intake.take()
-            return moments
-        self.intake.discard()
-        if self.intake.traced:
-            self.intake.clear_trace()
-        return None
+__all__ = ["Tracker"]
 
 
 class Tracker:
@@ -89,7 +50,7 @@ class Tracker:
         self._handles: list[RemovableHandle] = []
         # the list is shared, not copied: whatever is attached later is detached too
         weakref.finalize(self, _detach, self._handles).atexit = False
-        self._places: dict[Layer, _Place] = {}
+        self._places: dict[Layer, Place] = {}
         self._attach(owned)
 
     def _attach(self, owned: Collection[int]) -> None:
@@ -102,7 +63,7 @@ class Tracker:
         self.ready: set[Layer] = set()
         intakes = []
         for i, layer in enumerate(self.layers):
-            device, dtype = _home(layer)
+            device, dtype = statistics_home(layer)
             intake = known.pop((id(layer.modules[0]), layer.rows), None)  # with what waits in it
             if intake is None:
                 intake = Intake(layer.rows, self.gate, device=device, dtype=dtype)
@@ -139,11 +100,11 @@ class Tracker:
         live = []
         for layer, place in self._places.items():
             weight, bias = layer.weight, layer.bias
-            weight_grad = None if weight is None or id(weight) not in owned else _dense_grad(weight)
+            weight_grad = None if weight is None or id(weight) not in owned else dense_grad(weight)
             if weight is None or weight_grad is None:
                 place.live = None
                 continue
-            bias_grad = None if bias is None or id(bias) not in owned else _dense_grad(bias)
+            bias_grad = None if bias is None or id(bias) not in owned else dense_grad(bias)
             place.live = LiveLayer(layer, weight, None if bias_grad is None else bias, weight_grad, bias_grad)
             live.append(place.live)
         return live
@@ -186,7 +147,7 @@ class Tracker:
                 self.ready.update(place.layer for place, m in zip(shelf, batch, strict=True) if m is not None)
             if self.options.step_scale == "spectral":
                 for place in shelf:
-                    _power_step(place, everywhere)
+                    place.power_step(everywhere)
                 bank.refresh()
 
     def factors(self, layer: Layer) -> Factors:
@@ -223,7 +184,7 @@ class Tracker:
         for i, (layer, place) in enumerate(self._places.items()):
             place.intake.take()
             if place.intake.direction is not None:
-                place.intake.direction.copy_(self._initial_direction(i, *_home(layer)))
+                place.intake.direction.copy_(self._initial_direction(i, *statistics_home(layer)))
         self.ready.clear()
         self._settle([place.intake for place in self._places.values()])
 
@@ -240,9 +201,9 @@ class Tracker:
         """Give every layer its row in a bank of its device and dtype."""
         homes: dict[Home, list[int]] = {}
         for i, layer in enumerate(self.layers):
-            homes.setdefault(_home(layer), []).append(i)
+            homes.setdefault(statistics_home(layer), []).append(i)
         on_host = self._on_host and all(device.type == "cpu" for device, _ in homes)
-        self._shelves: list[list[_Place]] = []  # the layers of each bank, by row
+        self._shelves: list[list[Place]] = []  # the layers of each bank, by row
         for (device, dtype), members in homes.items():
             for shelf in shelves([self.layers[i].rows.statistics for i in members]):
                 numbers = [members[k] for k in shelf]
@@ -256,7 +217,7 @@ class Tracker:
                 )
                 self._shelves.append(
                     [
-                        _Place(self.layers[i], intakes[i], bank, row, *_home_of(self.layers[i].weight))
+                        Place(self.layers[i], intakes[i], bank, row, *home_of(self.layers[i].weight))
                         for row, i in enumerate(numbers)
                     ]
                 )
@@ -270,7 +231,7 @@ class Tracker:
         self._settle([place.intake for place in before.values()])
         for layer, place in self._places.items():
             place.live = before[layer].live
-            place.intake.move(*_home(layer))
+            place.intake.move(*statistics_home(layer))
         for layer, snapshot in snapshots.items():
             self.restore(layer, snapshot)
 
@@ -280,42 +241,6 @@ def _all(finite: Sequence[Any], device: torch.device) -> Any:
     if all(isinstance(x, bool) for x in finite):
         return all(finite)
     return torch.stack([x.to(device) for x in finite]).all()
-
-
-def _power_step(place: _Place, finite: Any) -> None:
-    """Let the layer's q² follow the largest eigenvalue."""
-    direction = place.intake.direction
-    if place.live is None or place.projection is None or direction is None:
-        return
-    touched = place.bank.ledger.touched
-    active = torch.as_tensor(finite) if touched is None else touched[place.row] & finite
-    factors = place.bank.factors(place.row)
-    affine = place.live.bias is not None
-    q2 = power_step(place.projection, factors, affine=affine, direction=direction, active=active)
-    place.bank.set_q2(place.row, torch.where(active, q2, place.bank.now.q2[place.row]))
-
-
-def _home_of(weight: Tensor | None) -> Home:
-    """A layer's device and dtype."""
-    return (torch.device("cpu"), torch.float32) if weight is None else (weight.device, weight.dtype)
-
-
-def _home(layer: Layer) -> Home:
-    """Where a layer's statistics live: its device, float32, or float64 where the layer is."""
-    weight = layer.weight
-    return _home_of(None) if weight is None else (weight.device, statistics_dtype(weight))
-
-
-def _dense_grad(parameter: Tensor) -> Tensor | None:
-    """The gradient, if it can be changed in place; one whose entries share memory gets its own."""
-    grad = parameter.grad
-    if grad is None or grad.layout != torch.strided:
-        return None
-    if grad.is_contiguous():
-        return grad
-    if any(stride == 0 and size > 1 for stride, size in zip(grad.stride(), grad.shape, strict=True)):
-        parameter.grad = grad = grad.clone(memory_format=torch.contiguous_format)
-    return grad
 
 
 def _detach(handles: list[RemovableHandle]) -> None:

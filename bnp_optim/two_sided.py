@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from bnp_optim.application import Task, add_on_rows, apply_on_rows, gradient_task
 from bnp_optim.bases import BaseTraits
-from bnp_optim.tracking import LiveLayer
+from bnp_optim.places import LiveLayer
 from bnp_optim.transform import Factors, from_z, to_z
 
 __all__ = ["ZCoordinates"]
