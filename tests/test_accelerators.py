@@ -10,7 +10,17 @@ from torch import nn
 
 from bnp_optim import BNPreconditioner
 from bnp_optim.ledger import DeviceLedger, HostLedger
-from tests.conftest import assert_same_statistics, assert_same_weights, backward, inputs, mlp, same, train, weights
+from tests.conftest import (
+    assert_same_statistics,
+    assert_same_weights,
+    backward,
+    count,
+    inputs,
+    mlp,
+    same,
+    train,
+    weights,
+)
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 OPTIONS: list[dict[str, Any]] = [
@@ -140,3 +150,4 @@ def test_no_synchronization_on_cuda(base: Any) -> None:
         train(model, optimizer, data)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert count(optimizer) == 2 * 4 * 8
