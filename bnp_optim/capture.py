@@ -17,6 +17,9 @@ from bnp_optim.spectral import Projection, project
 
 __all__ = ["ForwardTap", "drop_inert_taps"]
 
+# Which hooks pack what autograd saves; torch 2.6 does not tell yet, so there inputs are read at once
+_saved_tensor_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
 
 class ForwardTap:
     """The forward hook on one module.
@@ -124,7 +127,7 @@ def _drop(module: nn.Module, keys: list[int]) -> None:
 
 def _kept_for_backward(input: Tensor) -> bool:
     """Whether autograd holds ``input`` itself until backward, unchanged: not a cast, packed or recomputed one."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is None and not _autocasting(input)
+    return _saved_tensor_hooks is not None and _saved_tensor_hooks(True) is None and not _autocasting(input)
 
 
 def _project_exactly(adapter: LayerAdapter, module: nn.Module, input: Tensor, direction: Tensor) -> Projection:

@@ -121,6 +121,9 @@ def test_module_compile_in_place() -> None:
     assert isinstance(model, nn.Module)
 
 
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7), reason="torch 2.6 makes a graph for each batch size"
+)
 def test_two_graphs_at_most_for_any_batch_size() -> None:
     eager, a, _, b, compiled = pair()
     torch._dynamo.utils.counters.clear()
