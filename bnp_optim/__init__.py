@@ -1,8 +1,17 @@
 """Normalization as preconditioning for PyTorch."""
 
-from bnp_optim.layers import LayerAdapter, Rows, Samples, register_layer
+from bnp_optim.layers import LayerAdapter, ModuleAdapter, Part, Rows, Samples, register_layer
 from bnp_optim.preconditioner import BNPreconditioner
 from bnp_optim.statistics import LayerStatistics
 
-__all__ = ["BNPreconditioner", "LayerAdapter", "LayerStatistics", "Rows", "Samples", "register_layer"]
+__all__ = [
+    "BNPreconditioner",
+    "LayerAdapter",
+    "LayerStatistics",
+    "ModuleAdapter",
+    "Part",
+    "Rows",
+    "Samples",
+    "register_layer",
+]
 __version__ = "0.1.0"

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnp_optim.layers import LayerAdapter, Rows
+from bnp_optim.layers import ModuleAdapter, Rows
 from bnp_optim.places import LiveLayer
 from bnp_optim.transform import Factors, add_from_z
 
 __all__ = ["CompiledTransforms", "Task", "add_on_rows", "apply_on_rows", "apply_to_all", "gradient_task"]
 
 Transform = Callable[[Tensor, Tensor | None, Factors], None]
-Task = tuple[LayerAdapter, Rows, Tensor, Tensor | None, Factors]
+Task = tuple[ModuleAdapter, Rows, Tensor, Tensor | None, Factors]
 
 
 def gradient_task(live: LiveLayer, factors: Factors) -> Task:
@@ -61,7 +61,7 @@ def _on_each(transform: Transform) -> Callable[..., None]:
 
 
 def _arranged(
-    adapter: LayerAdapter, rows: Rows, weight: Tensor, bias: Tensor | None, factors: Factors
+    adapter: ModuleAdapter, rows: Rows, weight: Tensor, bias: Tensor | None, factors: Factors
 ) -> tuple[Tensor, Tensor | None] | None:
     """Views as the transforms want them, or None if there are none."""
     dtype = factors.mean.dtype
@@ -69,6 +69,8 @@ def _arranged(
         return None
     try:
         matrix = adapter.matrix(rows, weight)
+        if matrix.dim() == 4:
+            matrix = matrix.view(*matrix.shape[:2], rows.fan_in)
     except RuntimeError:
         return None
     if factors.mean.dim() == 1:
@@ -77,7 +79,7 @@ def _arranged(
 
 
 def apply_on_rows(
-    transform: Transform, adapter: LayerAdapter, rows: Rows, weight: Tensor, bias: Tensor | None, factors: Factors
+    transform: Transform, adapter: ModuleAdapter, rows: Rows, weight: Tensor, bias: Tensor | None, factors: Factors
 ) -> None:
     """Run ``transform`` in place on tensors shaped like a layer's weight and bias.
 
@@ -88,19 +90,28 @@ def apply_on_rows(
         transform(*arranged, factors)
         return
     dtype = factors.mean.dtype
-    work = weight.to(dtype, memory_format=torch.contiguous_format, copy=True)
-    work_bias = None if bias is None else bias.to(dtype, copy=True)
-    arranged = _arranged(adapter, rows, work, work_bias, factors)
-    if arranged is None:
-        raise RuntimeError(f"{type(adapter).__name__}.matrix() finds no view of a contiguous {tuple(weight.shape)}")
-    transform(*arranged, factors)
-    weight.copy_(work)
+    try:
+        matrix, original = adapter.matrix(rows, weight), weight
+    except RuntimeError:
+        original = weight.contiguous()
+        matrix = adapter.matrix(rows, original)
+    one_group = factors.mean.dim() == 1
+    work = matrix.to(dtype, memory_format=torch.contiguous_format, copy=True)
+    work_bias = None if bias is None else bias.to(dtype, memory_format=torch.contiguous_format, copy=True)
+    transform(
+        work.view(-1, rows.fan_in) if one_group else work.view(rows.groups, -1, rows.fan_in),
+        work_bias if work_bias is None or one_group else work_bias.view(rows.groups, -1),
+        factors,
+    )
+    matrix.copy_(work)
+    if original is not weight:
+        weight.copy_(original)
     if bias is not None and work_bias is not None:
         bias.copy_(work_bias)
 
 
 def add_on_rows(
-    adapter: LayerAdapter,
+    adapter: ModuleAdapter,
     rows: Rows,
     weight: Tensor,
     bias: Tensor | None,

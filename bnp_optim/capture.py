@@ -1,24 +1,115 @@
-"""Forward hooks: they see a layer's input, and have its samples summed up for the step that uses their gradient."""
+"""Forward hooks: they see a module's inputs, and have the samples summed up for the step that uses their gradient."""
 
 from __future__ import annotations
 
-import functools
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from bnp_optim.intake import Arrival, Gate, Intake
-from bnp_optim.layers import LayerAdapter, is_plain
-from bnp_optim.moments import moments, statistics_dtype, thinned
+from bnp_optim.layers import ModuleAdapter, Part, Samples, contradiction, is_readable
+from bnp_optim.moments import Moments, behind_taps, moments, side_by_side, statistics_dtype, thinned
 from bnp_optim.spectral import Projection, project
 
-__all__ = ["ForwardTap", "drop_inert_taps"]
+__all__ = ["ForwardTap", "LazyTap", "Tapped", "drop_inert_taps"]
 
 # Which hooks pack what autograd saves; torch 2.6 does not tell yet, so there inputs are read at once
 _saved_tensor_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
+class Tapped(NamedTuple):
+    """One weight of a tapped module.
+
+    Args:
+        number: Which of the adapter's parts it is.
+        part: That part.
+        exact: Whether the adapter was registered for the module's very class.
+        intake: Where its samples go.
+    """
+
+    number: int
+    part: Part
+    exact: bool
+    intake: Intake
+
+
+_Live = tuple[int, Intake, Tensor]  # number, intake, weight
+
+
+class Reading:
+    """What one forward call of a module multiplied; read once for all of the module's weights."""
+
+    __slots__ = ("_kept", "_measured", "_samples", "_tap", "_versions", "fixed", "module")
+
+    def __init__(self, tap: ForwardTap, module: nn.Module, kept: tuple[Any, ...]) -> None:
+        self._tap = tap
+        self.module = module
+        # what a layer before has made: whoever changes it in place before backward makes autograd complain
+        self.fixed = len(kept) == 1 and isinstance(kept[0], Tensor) and kept[0].requires_grad
+        self._kept = tuple(x.detach() if isinstance(x, Tensor) else x for x in kept)
+        # ... but of an output it is unknown whether autograd keeps it
+        self._versions = () if len(kept) == 1 else tuple(_versions(self._kept))
+        self._samples: Sequence[Samples | None] | None = None
+        self._measured: dict[tuple[int, ...], Moments] = {}
+
+    def __call__(self, arrival: Arrival) -> None:
+        """Fill ``arrival`` with what was read for its weight; where that fails, stop measuring and say so."""
+        intake = arrival.intake
+        weight = intake.weight
+        if weight is None or intake.broken:
+            return
+        try:
+            with torch.no_grad():
+                samples = self._read(arrival.number)
+                if samples is None or any(v.numel() == 0 for v in _groups(samples)):
+                    return
+                wrong = contradiction(samples, intake.rows)
+                if wrong is not None:
+                    self._tap.refuse(self.module, arrival, weight, wrong)
+                    return
+                arrival.moments = self._moments(samples, intake, statistics_dtype(weight))
+                if intake.direction is not None:
+                    arrival.projection = self._project(samples, intake.direction, statistics_dtype(weight))
+        except Exception as error:  # the user's run comes first
+            self._tap.give_up(self.module, [intake], error)
+
+    def _read(self, number: int) -> Samples | None:
+        if self._samples is None:
+            if self._versions and tuple(_versions(self._kept)) != self._versions:
+                self._samples = [None] * (number + 1)
+            else:
+                self._samples = self._tap.adapter.read(self.module, self._kept)
+            self._kept = ()
+        return self._samples[number] if number < len(self._samples) else None
+
+    def _moments(self, samples: Samples, intake: Intake, dtype: torch.dtype) -> Moments:
+        groups = _groups(samples)
+        key = tuple(map(id, groups))
+        found = self._measured.get(key)  # attention's three projections often see one input
+        if found is None:
+            limit = self._tap.limit
+            each = {}
+            for values in groups:
+                if id(values) not in each:
+                    thin = thinned(values, limit, intake.calls)
+                    each[id(values)] = moments(thin, samples.size, dtype, view=self.fixed)
+            intake.calls += limit is not None
+            found = each[key[0]] if len(groups) == 1 else side_by_side([each[k] for k in key])
+            self._measured[key] = found
+        return found if samples.occupancy is None else behind_taps(found, samples.occupancy)
+
+    def _project(self, samples: Samples, direction: Tensor, dtype: torch.dtype) -> Projection:
+        groups = _groups(samples)
+        device = groups[0].device
+        direction = direction.to(device, dtype)
+        if not _autocasting(groups[0]):
+            return project(self._tap.adapter, self.module, samples.values, direction)
+        with torch.autocast(device.type, enabled=False):  # it would make these products half precision
+            return project(self._tap.adapter, self.module, samples.values, direction)
 
 
 class ForwardTap:
@@ -28,76 +119,113 @@ class ForwardTap:
     call: a copied model never writes into the original's statistics.
     """
 
-    def __init__(self, adapter: LayerAdapter, intake: Intake, gate: Gate, limit: int | None = None) -> None:
-        self._adapter = adapter
-        self._weight_name = adapter.weight_name
-        self._intake = intake
+    def __init__(self, adapter: ModuleAdapter, tapped: Sequence[Tapped], gate: Gate, limit: int | None = None) -> None:
+        self.adapter = adapter
+        self.limit = limit
+        self._tapped = tuple(tapped)
         self._gate = gate
-        self._limit = limit
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         """Measure the call that just happened, or do nothing."""
-        intake, gate = self._intake, self._gate
-        if gate.paused or not gate.due or intake.broken or not torch.is_grad_enabled():
+        gate = self._gate
+        if gate.paused or not gate.due or not torch.is_grad_enabled():
             return
-        weight = module._parameters.get(self._weight_name)
-        input = args[0] if args else kwargs.get("input")
-        if weight is None or not weight.requires_grad or not isinstance(input, Tensor):
+        live = []
+        for number, part, _, intake in self._tapped:
+            weight = part.find(module, part.weight)
+            if weight is not None and weight.requires_grad and intake.broken is None:
+                live.append((number, intake, weight))
+        if not live:
             return
-        intake.fired = True
-        if torch.compiler.is_compiling():
-            self._trace(module, input)
-        elif (
-            isinstance(output, Tensor)
-            and is_plain(input)
-            and not torch._C._are_functorch_transforms_active()
-            and torch._C._get_tracing_state() is None
-        ):
-            self._observe(module, weight, input, output)
-
-    def _observe(self, module: nn.Module, weight: Tensor, input: Tensor, output: Tensor) -> None:
-        """Measure now, or better when backward comes by: it reads the input anyway, and not every forward has one."""
         try:
-            arrival = Arrival(self._intake, input, functools.partial(self._measure, module))
-            self._intake.expect(arrival, weight, output)
-        except Exception as error:  # the user's forward comes first
-            self._give_up(module, error)
-            return
-        if not _kept_for_backward(input):
-            arrival.measure()
-
-    def _measure(self, module: nn.Module, arrival: Arrival, input: Tensor) -> None:
-        """Fill ``arrival`` with what ``input`` holds; where that fails, stop measuring and say so."""
-        intake = self._intake
-        try:
-            weight = intake.weight
-            values, size = self._adapter.samples(module, input)
-            if weight is None or values.numel() == 0 or values.shape[1] != intake.channels:
+            kept = self.adapter.keep(module, args, kwargs, output)
+            if kept is None:
                 return
-            if self._limit is not None:
-                values = thinned(values, self._limit, intake.calls)
-                intake.calls += 1
-            arrival.moments = moments(values, size, statistics_dtype(weight), view=arrival.fixed)
-            if intake.direction is not None:
-                direction = intake.direction.to(input.device, statistics_dtype(weight))
-                arrival.projection = _project_exactly(self._adapter, module, input, direction)
-        except Exception as error:  # the user's run comes first
-            self._give_up(module, error)
+            for _, intake, _ in live:
+                intake.fired = True
+            if torch.compiler.is_compiling():
+                self._trace(module, live, kept)
+            elif (
+                is_readable(kept)
+                and not torch._C._are_functorch_transforms_active()
+                and torch._C._get_tracing_state() is None
+            ):
+                self._observe(module, live, kept, output)
+        except Exception as error:  # the user's forward comes first
+            self.give_up(module, [x[1] for x in live], error)
 
-    def _give_up(self, module: nn.Module, error: Exception) -> None:
-        self._intake.broken = f"{type(error).__name__}: {error}"
+    def _observe(self, module: nn.Module, live: Sequence[_Live], kept: tuple[Any, ...], output: Any) -> None:
+        """Measure now, or better when backward comes by: it reads the input anyway, and not every forward has one."""
+        reading = Reading(self, module, kept)
+        later = _saved_tensor_hooks is not None and _saved_tensor_hooks(True) is None and not _autocasting(output)
+        for number, intake, weight in live:
+            intake.follow(weight)
+            arrival = Arrival(intake, number, reading)
+            for tensor in _tensors(output):
+                arrival.come_by(tensor)
+            if not later:
+                arrival.measure()
+
+    def refuse(self, module: nn.Module, arrival: Arrival, weight: Tensor, wrong: str) -> None:
+        """Samples of a wrong shape: the next step will say so, or where nobody promised better, they do not count."""
+        tapped = next(t for t in self._tapped if t.number == arrival.number)
+        if weight.shape != arrival.intake.shape:
+            return  # the layer has grown, and will be looked up again
+        message = f"{type(self.adapter).__name__} does not fit the {type(module).__name__}: {wrong}"
+        if tapped.exact:
+            arrival.intake.error = message
+        else:
+            self.give_up(module, [arrival.intake], ValueError(message))
+
+    def give_up(self, module: nn.Module, intakes: Sequence[Intake], error: Exception) -> None:
+        """Measure these no more, and say so."""
+        for intake in intakes:
+            intake.broken = f"{type(error).__name__}: {error}"
         warnings.warn(
             f"BNPreconditioner could not read the input of a {type(module).__name__} and stops measuring that "
-            f"layer; training continues with the statistics it has so far ({self._intake.broken})",
+            f"layer; training continues with the statistics it has so far ({intakes[0].broken})",
             stacklevel=2,
         )
 
-    def _trace(self, module: nn.Module, input: Tensor) -> None:
-        values, size = self._adapter.samples(module, input.detach())
-        if values.numel() and values.shape[1] == self._intake.channels:
-            values = thinned(values, self._limit, 0)  # always the same ones: a graph has no memory of its calls
-            self._intake.trace(moments(values, size, self._intake.traced_mean.dtype))
-            self._intake.traced = True
+    def _trace(self, module: nn.Module, live: Sequence[_Live], kept: tuple[Any, ...]) -> None:
+        read = self.adapter.read(module, tuple(x.detach() if isinstance(x, Tensor) else x for x in kept))
+        for number, intake, _ in live:
+            samples = read[number]
+            if samples is None or contradiction(samples, intake.rows) is not None:
+                continue
+            dtype = intake.traced_mean.dtype
+            # always the same ones: a graph has no memory of its calls
+            each = [moments(thinned(v, self.limit, 0), samples.size, dtype) for v in _groups(samples) if v.numel()]
+            if each:
+                total = each[0] if len(each) == 1 else side_by_side(each)
+                intake.trace(total if samples.occupancy is None else behind_taps(total, samples.occupancy))
+                intake.traced = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _InertTap:
+        return _InertTap()
+
+    def __reduce__(self) -> tuple[Callable[[], _InertTap], tuple[()]]:
+        return _InertTap, ()
+
+
+class LazyTap:
+    """The hook on a module whose parameters its first forward makes: then its layers are looked up, and tapped."""
+
+    def __init__(self, tracker: weakref.ref[Any]) -> None:
+        self._tracker = tracker
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        """Let the taps be made, and have this first call too."""
+        tracker = self._tracker()
+        if tracker is None or torch.compiler.is_compiling():
+            return
+        try:
+            tracker.rescan()
+        except ValueError as error:  # an adapter that does not fit: the user's forward comes first
+            warnings.warn(f"{error}: the {type(module).__name__} passes through", stacklevel=2)
+        for hook in tuple(module._forward_hooks.values()):
+            if isinstance(hook, ForwardTap):
+                hook(module, args, kwargs, output)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _InertTap:
         return _InertTap()
@@ -125,19 +253,24 @@ def _drop(module: nn.Module, keys: list[int]) -> None:
         module._forward_hooks_with_kwargs.pop(key, None)
 
 
-def _kept_for_backward(input: Tensor) -> bool:
-    """Whether autograd holds ``input`` itself until backward, unchanged: not a cast, packed or recomputed one."""
-    return _saved_tensor_hooks is not None and _saved_tensor_hooks(True) is None and not _autocasting(input)
+def _groups(samples: Samples) -> tuple[Tensor, ...]:
+    return samples.values if isinstance(samples.values, tuple) else (samples.values,)
 
 
-def _project_exactly(adapter: LayerAdapter, module: nn.Module, input: Tensor, direction: Tensor) -> Projection:
-    """Autocast would make these products half precision."""
-    if not _autocasting(input):
-        return project(adapter, module, input, direction)
-    with torch.autocast(input.device.type, enabled=False):
-        return project(adapter, module, input, direction)
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors of a module's output, by any of which backward may come."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, (tuple, list)):
+        for x in output:
+            yield from _tensors(x)
 
 
-def _autocasting(tensor: Tensor) -> bool:
+def _versions(kept: tuple[Any, ...]) -> Iterator[int]:
+    return (x._version for x in kept if isinstance(x, Tensor))
+
+
+def _autocasting(output: Any) -> bool:
+    tensor = next(_tensors(output))
     device = tensor.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

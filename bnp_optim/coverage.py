@@ -76,6 +76,7 @@ def coverage_of(model: nn.Module, tracker: Tracker, groups: Iterable[dict[str, A
     owned = {id(p) for group in groups for p in group["params"]}
     role: dict[int, str] = {}
     waiting: dict[int, str] = {}
+    names = {id(p): clean_name(name) for name, p in model.named_parameters()}
     for layer in tracker.layers:
         weight, bias = layer.weight, layer.bias
         if weight is None or id(weight) not in owned or not weight.requires_grad:
@@ -88,7 +89,7 @@ def coverage_of(model: nn.Module, tracker: Tracker, groups: Iterable[dict[str, A
         takes_part = bias is not None and id(bias) in owned and bias.requires_grad
         role[id(weight)] = ("P" if takes_part else f"rank-one P: {_why_alone(layer, owned)}") + _state(layer, tracker)
         if bias is not None and takes_part:
-            role[id(bias)] = "P, with " + ".".join(filter(None, (layer.name, layer.adapter.weight_name)))
+            role[id(bias)] = f"P, with {names.get(id(weight), layer.name)}"
     rows = []
     for name, p in model.named_parameters():
         shape = () if is_lazy(p) else tuple(p.shape)
@@ -114,7 +115,7 @@ def _state(layer: Layer, tracker: Tracker) -> str:
 def _why_alone(layer: Layer, owned: set[int]) -> str:
     bias = layer.bias
     if bias is None:
-        without = all(m._parameters.get(layer.adapter.bias_name) is None for m in layer.modules)
+        without = all(use.part.find(use.module, use.part.bias) is None for use in layer.uses)
         return "no bias" if without else "its tied biases differ"
     return "its bias is frozen" if not bias.requires_grad else "its bias is not in this optimizer"
 

@@ -4,17 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from bnp_optim.layers import LayerAdapter, Rows, adapter_for
+from bnp_optim.layers import Match, ModuleAdapter, Part, Rows, adapter_for, checked_parts
 
-__all__ = ["Findings", "Layer", "SkipRule", "find_layers"]
+__all__ = ["Findings", "Layer", "SkipRule", "Use", "clean_name", "find_layers"]
 
 SkipRule = type[nn.Module] | str | nn.Module
+_SKIPPED = "skipped by the user"
+
+
+class Use(NamedTuple):
+    """A module that multiplies its input by a weight.
+
+    Args:
+        name: Of the module in the model, and what tells this weight from its others.
+        module: The module, whose forward calls are watched.
+        adapter: How it is read.
+        exact: Whether the adapter was registered for its very class.
+        number: Which of its parts the weight is.
+        part: That part.
+    """
+
+    name: str
+    module: nn.Module
+    adapter: ModuleAdapter
+    exact: bool
+    number: int
+    part: Part
 
 
 @dataclass(eq=False)
@@ -24,22 +46,35 @@ class Layer:
     Parameters are looked up anew each time: clients replace them (FSDP2, accelerate, growing heads).
     """
 
-    names: list[str]
-    modules: list[nn.Module]
-    adapter: LayerAdapter
-    rows: Rows
+    uses: list[Use]
     shape: torch.Size
     _known: Tensor | None = field(default=None, init=False, repr=False)
 
     @property
     def name(self) -> str:
-        """The first module's name in the model."""
-        return self.names[0]
+        """The first use's name."""
+        return self.uses[0].name
+
+    @property
+    def adapter(self) -> ModuleAdapter:
+        """How its weight is seen as rows."""
+        return self.uses[0].adapter
+
+    @property
+    def rows(self) -> Rows:
+        """The weight's geometry."""
+        return self.uses[0].part.rows
+
+    @property
+    def identity(self) -> tuple[int, str, Rows]:
+        """What tells it from other layers for as long as its module lives."""
+        use = self.uses[0]
+        return id(use.module), use.part.label, use.part.rows
 
     @property
     def weight(self) -> Tensor | None:
         """The weight as it is now; None if the modules no longer share one of the shape that was found."""
-        weight = self._shared(self.adapter.weight_name)
+        weight = self._shared("weight")
         if weight is None or weight.shape != self.shape:
             return None
         if weight is not self._known:  # the check is slow, and seldom has news
@@ -51,21 +86,34 @@ class Layer:
     @property
     def bias(self) -> Tensor | None:
         """The bias; None where there is none, or where tied weights come with different ones."""
-        return self._shared(self.adapter.bias_name)
+        return self._shared("bias")
 
-    def _shared(self, name: str) -> Tensor | None:
-        first = self.modules[0]._parameters.get(name)
-        if len(self.modules) > 1 and any(m._parameters.get(name) is not first for m in self.modules):
-            return None
+    @property
+    def outgrown(self) -> bool:
+        """Whether the weight has another shape by now, so that the layers must be looked up again."""
+        weight = self._shared("weight")
+        return weight is not None and weight.shape != self.shape
+
+    def _shared(self, which: str) -> Tensor | None:
+        _, module, _, _, _, part = self.uses[0]
+        first = part.find(module, getattr(part, which))
+        for use in self.uses[1:]:
+            if use.part.find(use.module, getattr(use.part, which)) is not first:
+                return None
         return first
 
 
 @dataclass
 class Findings:
-    """Layers that can be preconditioned, and for parameters (by id) that cannot, the reason."""
+    """Layers that can be preconditioned, and for parameters (by id) that cannot, the reason.
+
+    Args:
+        lazy: Modules that will have their parameters after their first forward pass.
+    """
 
     layers: list[Layer] = field(default_factory=list)
     reasons: dict[int, str] = field(default_factory=dict)
+    lazy: list[nn.Module] = field(default_factory=list)
 
 
 def find_layers(model: nn.Module, skip: Collection[SkipRule] = ()) -> Findings:
@@ -75,37 +123,59 @@ def find_layers(model: nn.Module, skip: Collection[SkipRule] = ()) -> Findings:
         model: Any module.
         skip: Module classes, names (as in ``named_modules``; a name covers what is inside it) or instances that
             are left alone.
+
+    Raises:
+        ValueError: if an adapter contradicts a module of the class that it was registered for.
     """
     findings = Findings()
     users: dict[int, list[tuple[str, nn.Module]]] = {}
-    candidates: dict[int, list[tuple[str, nn.Module, LayerAdapter]]] = {}
+    candidates: dict[int, list[Use]] = {}
     for raw_name, module in model.named_modules():
         name = clean_name(raw_name)
+        match = adapter_for(module)
+        own = {id(p): n for n, p in module._parameters.items() if p is not None}
+        for key in own:
+            users.setdefault(key, []).append((name, module))
+        lazy = any(is_lazy(p) for p in module._parameters.values())
+        if lazy and match is not None:
+            findings.lazy.append(module)
         skipped = any(_matches(rule, name, module) for rule in skip)
-        adapter = None if skipped else adapter_for(module)
-        weight = None if adapter is None else module._parameters.get(adapter.weight_name)
-        reason = _why_not(name, module, adapter, weight, skipped)
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                users.setdefault(id(parameter), []).append((name, module))
-                if reason is not None:
-                    findings.reasons.setdefault(id(parameter), reason)
-        if adapter is not None and weight is not None and reason is None:
-            candidates.setdefault(id(weight), []).append((name, module, adapter))
+        reason = _why_none(name, module, match, skipped, lazy)
+        parts, why = ((), reason) if match is None or lazy else checked_parts(name, module, match)
+        if reason is not None:  # it speaks for what the module applies of its children's, too
+            for key in (*own, *(id(p) for part in parts for p in _both(module, part))):
+                findings.reasons.setdefault(key, reason)
+            continue
+        assert match is not None
+        for index, part in enumerate(parts):
+            weight = part.find(module, part.weight)
+            why_not = _why_not(weight, part, module)
+            if weight is None or why_not is not None:
+                why = why_not
+                continue
+            full = ".".join(filter(None, (name, part.label if len(parts) > 1 else "")))
+            candidates.setdefault(id(weight), []).append(Use(full, module, match.adapter, match.exact, index, part))
+            for p in _both(module, part):
+                own.pop(id(p), None)
+        for key, parameter in own.items():
+            findings.reasons.setdefault(key, why or f"no rule for the {parameter} of {type(module).__name__}")
 
-    for key, group in candidates.items():
+    for key, uses in candidates.items():
         if key in findings.reasons:
-            name, other = next((n, m) for n, m in users[key] if all(m is not g[1] for g in group))
-            reason = f"shared with {type(other).__name__} {name!r}"
-        elif len({(g[2].rows(g[1]), type(g[2])) for g in group}) > 1:
+            others = [(n, m) for n, m in users[key] if all(m is not u.module for u in uses)]
+            reason = findings.reasons[key]
+            if others and reason != _SKIPPED:
+                reason = f"shared with {type(others[0][1]).__name__} {others[0][0]!r}"
+        elif len({_geometry(use) for use in uses}) > 1:
             reason = "tied to a layer of another geometry"
         else:
-            findings.layers.append(_layer(group))
+            weight = uses[0].part.find(uses[0].module, uses[0].part.weight)
+            assert weight is not None
+            findings.layers.append(Layer(uses, weight.shape))
             continue
-        for _, module, _ in group:
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    findings.reasons[id(parameter)] = reason
+        for use in uses:
+            for p in _both(use.module, use.part):
+                findings.reasons[id(p)] = reason
     return findings
 
 
@@ -114,27 +184,35 @@ def clean_name(name: str) -> str:
     return name.replace("_orig_mod.", "").removesuffix("_orig_mod")
 
 
-def _layer(group: list[tuple[str, nn.Module, LayerAdapter]]) -> Layer:
-    _, module, adapter = group[0]
-    weight = module._parameters[adapter.weight_name]
+def _both(module: nn.Module, part: Part) -> list[Tensor]:
+    found = (part.find(module, part.weight), part.find(module, part.bias))
+    return [p for p in found if p is not None]
+
+
+def _geometry(use: Use) -> tuple[Rows, tuple[int, ...]]:
+    """What uses of one weight must agree in."""
+    weight = use.part.find(use.module, use.part.weight)
     assert weight is not None
-    return Layer([g[0] for g in group], [g[1] for g in group], adapter, adapter.rows(module), weight.shape)
+    try:
+        return use.part.rows, use.adapter.matrix(use.part.rows, weight).stride()
+    except RuntimeError:  # a layout without a matrix view
+        return use.part.rows, ()
 
 
-def _why_not(
-    name: str, module: nn.Module, adapter: LayerAdapter | None, weight: Tensor | None, skipped: bool
-) -> str | None:
-    """Why the parameters of ``module`` itself pass through, or None."""
+def _why_none(name: str, module: nn.Module, match: Match | None, skipped: bool, lazy: bool) -> str | None:
+    """Why no parameter of ``module`` itself is preconditioned, or None."""
     if skipped:
-        return "skipped by the user"
+        return _SKIPPED
     if "parametrizations" in name.split("."):
         return "behind a parametrization"
-    if adapter is None:
+    if match is None:
         return f"no rule for {type(module).__name__}"
-    if weight is not None and is_lazy(weight):
-        return "not initialized yet: run one forward pass, then call rescan()"
+    return "not initialized yet: preconditioned from its first forward pass on" if lazy else None
+
+
+def _why_not(weight: Tensor | None, part: Part, module: nn.Module) -> str | None:
     if weight is None:
-        return f"{adapter.weight_name!r} is not a parameter of the {type(module).__name__} (parametrized or pruned)"
+        return f"{part.weight!r} is not a parameter of the {type(module).__name__} (parametrized or pruned)"
     if is_traceable_wrapper_subclass(weight):
         return f"its weight is a {type(weight).__name__}, which is not supported yet"
     if not weight.is_floating_point():

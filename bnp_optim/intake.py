@@ -1,10 +1,10 @@
 """Which samples count, and when: from a forward call, by way of backward, to the step that uses their gradient.
 
 One rule: a sample counts if and only if its gradient is in the weight's ``.grad`` when ``step()`` is called.
-So samples are summed in the forward pass, *arrive* when a backward pass that goes on to the weight reaches that
-forward's node, and are dropped when the weight's gradient is (``.grad`` is None again, or ``zero_grad`` of the
-wrapper). A forward whose backward never runs, a discriminator judged for the generator's loss, a step skipped by
-GradScaler, a recomputed checkpoint: none is counted, or counted twice.
+So a forward call leaves its samples behind unread; they *arrive*, and are summed up, when a backward pass that goes on
+to the weight reaches that forward's node, and are dropped when the weight's gradient is (``.grad`` is None again, or
+``zero_grad`` of the wrapper). A forward whose backward never runs, a discriminator judged for the generator's loss, a
+step skipped by GradScaler, a recomputed checkpoint: none is counted, or counted twice.
 
 Inside ``torch.compile`` there are no nodes to watch; samples go into fixed buffers when the forward runs and
 count if the weight has a gradient at ``step()``.
@@ -26,7 +26,7 @@ from bnp_optim.spectral import Projection
 
 __all__ = ["Arrival", "Gate", "Intake"]
 
-Measure = Callable[["Arrival", Tensor], None]
+Measure = Callable[["Arrival"], None]
 
 
 class Gate:
@@ -44,22 +44,41 @@ class Gate:
 
 
 class Arrival:
-    """One forward call of one module, and later its samples; called by backward when it reaches that call."""
+    """What one forward call multiplied one weight with, and later its samples; called when backward reaches the call.
 
-    __slots__ = ("_measure", "counted", "fixed", "input", "inside", "intake", "moments", "projection", "version")
+    Args:
+        number: Which of its module's weights.
+        measure: Fills in ``moments`` and ``projection``.
+    """
+
+    __slots__ = ("_measure", "counted", "inside", "intake", "moments", "number", "projection", "version")
     __torch_unserializable__ = True  # an output that is saved goes without its hooks, silently
 
-    def __init__(self, intake: Intake, input: Tensor, measure: Measure) -> None:
-        self._measure = measure
-        self.input: Tensor | None = input.detach()
-        # what a layer before has made: whoever changes it in place before backward makes autograd complain
-        self.fixed = input.requires_grad
+    def __init__(self, intake: Intake, number: int, measure: Measure) -> None:
+        self._measure: Measure | None = measure
         self.intake = intake
+        self.number = number
         self.moments: Moments | None = None
         self.projection: Projection | None = None
         self.version = 0
         self.counted = -1  # the lifetime of .grad in which these samples were counted
         self.inside = torch._C._current_graph_task_id()  # the backward pass that this forward runs inside of, or -1
+
+    def come_by(self, output: Tensor) -> None:
+        """Be called when backward reaches ``output``."""
+        if output._is_view():
+            # NOTE: an in-place activation replaces the view's own node (the 3-d output of Linear), which backward
+            # then never visits; its base's stays
+            base = output._base
+            if base is not None and base.grad_fn is not None:
+                base.grad_fn.register_prehook(self)
+        elif output.grad_fn is not None:
+            # what Tensor.register_hook does, but for the handle, which costs more than all the rest
+            hooks = output._backward_hooks
+            if hooks is None:
+                output._backward_hooks = hooks = OrderedDict()
+                output.grad_fn._register_hook_dict(output)
+            hooks[-id(self)] = self
 
     def __call__(self, grad: Any) -> None:
         """Arrive: the gradient is about to be in ``.grad``, unless the pass is for something before this layer."""
@@ -86,9 +105,9 @@ class Arrival:
 
     def measure(self) -> None:
         """Sum the samples up, once."""
-        if self.input is not None:
-            input, self.input = self.input, None
-            self._measure(self, input)
+        if self._measure is not None:
+            measure, self._measure = self._measure, None  # and with it what it keeps
+            measure(self)
             self.version = 0 if self.moments is None else self.moments.mean._version
 
     @property
@@ -101,20 +120,23 @@ class Intake:
     """The samples of one weight on their way from forward to step; tied modules share it.
 
     Args:
-        rows: Geometry that samples must match; others are ignored.
+        rows: Geometry that samples must match.
+        shape: Of the weight.
         gate: The wrapper's.
         device: Where the layer is.
         dtype: Of the buffers for compiled graphs and of the spectral direction.
     """
 
-    def __init__(self, rows: Rows, gate: Gate, *, device: torch.device, dtype: torch.dtype) -> None:
-        self.channels = rows.statistics
+    def __init__(self, rows: Rows, shape: torch.Size, gate: Gate, *, device: torch.device, dtype: torch.dtype) -> None:
+        self.rows = rows
+        self.shape = shape
         self.gate = gate
         self.direction: Tensor | None = None  # warm start of the spectral step scale, else None
         self.fired = False  # whether any forward was ever seen, measurable or not
         self.traced = False  # whether a compiled forward ran since the last step
         self.calls = 0  # measured so far, which thinning out goes round with
         self.broken: str | None = None  # why the layer is not measured any more
+        self.error: str | None = None  # what is wrong with its adapter, which the next step says
         self.batches: list[Arrival] = []  # those whose gradient is in .grad
         self.task = -1  # the backward pass in which the last of them arrived
         self.lifetime = 0  # counts the gradients that .grad held one after the other
@@ -134,24 +156,11 @@ class Intake:
         if self.direction is not None:
             self.direction = self.direction.to(device, dtype)
 
-    def expect(self, batch: Arrival, weight: Tensor, output: Tensor) -> None:
-        """Let ``batch`` arrive when backward reaches ``output`` on its way to ``weight``."""
+    def follow(self, weight: Tensor) -> None:
+        """Know the weight as it is now, and the node that accumulates into its gradient."""
         home = weight.device, weight.dtype
         if self.weight is not weight or self._sink_of != home:  # replaced, or moved: then torch makes a new node too
             self.weight, self.sink, self._sink_of = weight, get_gradient_edge(weight).node, home
-        if output._is_view():
-            # NOTE: an in-place activation replaces the view's own node (the 3-d output of Linear), which backward
-            # then never visits; its base's stays
-            base = output._base
-            if base is not None and base.grad_fn is not None:
-                base.grad_fn.register_prehook(batch)
-        elif output.grad_fn is not None:
-            # what Tensor.register_hook does, but for the handle, which costs more than all the rest
-            hooks = output._backward_hooks
-            if hooks is None:
-                output._backward_hooks = hooks = OrderedDict()
-                output.grad_fn._register_hook_dict(output)
-            hooks[-id(batch)] = batch
 
     def stop(self) -> None:
         """Let no sample arrive any more, until the next forward."""

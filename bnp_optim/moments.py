@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Moments", "merge_moments", "moments", "statistics_dtype", "thinned"]
+__all__ = ["Moments", "behind_taps", "merge_moments", "moments", "side_by_side", "statistics_dtype", "thinned"]
 
 # Rows that torch's kernel adds up one after the other: rounding grows with their number, so longer columns are folded
 _RUN = 256
@@ -51,6 +51,34 @@ def moments(values: Tensor, samples: int, dtype: torch.dtype, *, view: bool = Fa
         variance, mean = torch.var_mean(values, (0, *range(2, values.dim())), correction=0)
         return Moments(samples, observations, mean, variance)
     return Moments(samples, observations, *_on_cpu(values))
+
+
+def side_by_side(groups: Sequence[Moments]) -> Moments:
+    """The moments of groups of channels that were observed apart, as those of one layer.
+
+    Where groups saw different numbers, as the queries and keys of attention do, ``samples`` is the smallest (the
+    bound on the step then holds for each) and ``observations`` the largest.
+    """
+    samples, observations = min(g.samples for g in groups), max(g.observations for g in groups)
+    mean = torch.cat([g.mean.flatten() for g in groups])
+    if observations == 1:
+        return Moments(samples, 1, mean.unsqueeze(0), None)
+    zero = torch.zeros_like(groups[0].mean.flatten())
+    return Moments(samples, observations, mean, torch.cat([zero if g.variance is None else g.variance for g in groups]))
+
+
+def behind_taps(m: Moments, occupancy: Tensor) -> Moments:
+    """The moments of what every tap of a kernel sees: an input at a share of the output positions, or else a zero.
+
+    With ``o`` the occupancy: mean o·μ, variance o(σ² + μ²) - o²μ², channel by channel, tap by tap.
+    """
+    o = occupancy.to(m.mean)
+    mean = m.mean.flatten().unsqueeze(1)
+    squares = mean * mean * (o * (1 - o))
+    variance = squares if m.variance is None else squares + m.variance.unsqueeze(1) * o
+    # several observations: even where the input was a single one, the taps see it and zeros
+    observations = max(m.observations, 2)
+    return Moments(m.samples, observations, (mean * o).flatten(), variance.flatten())
 
 
 def merge_moments(parts: Sequence[Moments]) -> Moments:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bnp_optim.layers import LayerAdapter, Rows
+from bnp_optim.layers import ModuleAdapter, Rows
 from bnp_optim.transform import Factors, from_z, to_z
 
 __all__ = ["Projection", "initial_direction", "power_step", "project"]
@@ -30,13 +30,13 @@ class Projection:
         weight: Aᵀy, (groups, fan_in).
         bias: 1ᵀy, (groups,).
         norm2: ‖y‖², (groups,).
-        rows: Rows of Â.
+        rows: Rows of Â; a tensor (groups,) where groups have different inputs.
     """
 
     weight: Tensor
     bias: Tensor
     norm2: Tensor
-    rows: int
+    rows: int | Tensor
 
     def __add__(self, other: Projection) -> Projection:
         return Projection(
@@ -54,12 +54,18 @@ def initial_direction(rows: Rows, layer: int, *, device: torch.device, dtype: to
     return (u / u.square().sum(1, keepdim=True).sqrt()).to(dtype).to(device)
 
 
-def project(adapter: LayerAdapter, module: nn.Module, input: Tensor, direction: Tensor) -> Projection:
-    """The sums for one forward pass of one module."""
-    input = input.to(direction.dtype)
-    y = adapter.respond(module, input, direction[:, 1:]) + direction[:, :1]
+def project(
+    adapter: ModuleAdapter, module: nn.Module, values: Tensor | tuple[Tensor, ...], direction: Tensor
+) -> Projection:
+    """The sums for one forward pass of one module, whose input is ``values`` (see :class:`bnp_optim.Samples`)."""
+    if isinstance(values, tuple):
+        each = [project(adapter, module, v, u[None]) for v, u in zip(values, direction, strict=True)]
+        weight, bias, norm2 = (torch.cat(x) for x in zip(*((p.weight, p.bias, p.norm2) for p in each), strict=True))
+        return Projection(weight, bias, norm2, norm2.new_tensor([p.rows for p in each]))
+    values = values.to(direction.dtype)
+    y = adapter.respond(module, values, direction[:, 1:]) + direction[:, :1]
     y2 = y.transpose(0, 1).flatten(1)
-    z = adapter.correlate(module, input, y)
+    z = adapter.correlate(module, values, y)
     return Projection(z, y2.sum(1), y2.square().sum(1), y2.shape[1])
 
 

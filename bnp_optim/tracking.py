@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from bnp_optim.bank import StatisticsBank
-from bnp_optim.capture import ForwardTap, drop_inert_taps
+from bnp_optim.capture import ForwardTap, LazyTap, Tapped, drop_inert_taps
 from bnp_optim.discovery import Layer, SkipRule, find_layers
 from bnp_optim.intake import Gate, Intake
+from bnp_optim.layers import ModuleAdapter
 from bnp_optim.places import Home, LiveLayer, Place, dense_grad, home_of, statistics_home
 from bnp_optim.spectral import initial_direction
 from bnp_optim.statistics import LayerStatistics, StatisticsOptions, shelves
@@ -54,7 +55,7 @@ class Tracker:
         self._attach(owned)
 
     def _attach(self, owned: Collection[int]) -> None:
-        known = {(id(x.modules[0]), x.rows): place.intake for x, place in self._places.items()}
+        known = {x.identity: place.intake for x, place in self._places.items()}
         self.attached = True
         findings = find_layers(self._model, self._skip)
         self._owned = frozenset(owned)
@@ -62,30 +63,40 @@ class Tracker:
         self.layers = [x for x in findings.layers if x.weight is not None and id(x.weight) in owned]
         self.ready: set[Layer] = set()
         intakes = []
+        tapped: dict[nn.Module, tuple[ModuleAdapter, list[Tapped]]] = {}
         for i, layer in enumerate(self.layers):
             device, dtype = statistics_home(layer)
-            intake = known.pop((id(layer.modules[0]), layer.rows), None)  # with what waits in it
+            intake = known.pop(layer.identity, None)  # with what waits in it
             if intake is None:
-                intake = Intake(layer.rows, self.gate, device=device, dtype=dtype)
+                intake = Intake(layer.rows, layer.shape, self.gate, device=device, dtype=dtype)
                 if self.options.step_scale == "spectral":
                     intake.direction = self._initial_direction(i, device, dtype)
+            intake.shape = layer.shape
             intakes.append(intake)
-            for module in layer.modules:
-                drop_inert_taps(module)
-                tap = ForwardTap(layer.adapter, intake, self.gate, self.options.max_observations)
-                self._handles.append(module.register_forward_hook(tap, with_kwargs=True))
+            for use in layer.uses:
+                taps = tapped.setdefault(use.module, (use.adapter, []))[1]
+                taps.append(Tapped(use.number, use.part, use.exact, intake))
+        for module, (adapter, taps) in tapped.items():
+            self._hook(module, ForwardTap(adapter, taps, self.gate, self.options.max_observations))
+        me = weakref.ref(self)
+        for module in findings.lazy:
+            self._hook(module, LazyTap(me))
         for intake in known.values():
             intake.stop()
         self._settle(intakes)
 
-    def rescan(self, owned: Collection[int]) -> None:
+    def _hook(self, module: nn.Module, tap: ForwardTap | LazyTap) -> None:
+        drop_inert_taps(module)
+        self._handles.append(module.register_forward_hook(tap, with_kwargs=True))
+
+    def rescan(self, owned: Collection[int] | None = None) -> None:
         """Look for layers again; those that were known keep their statistics and their pending samples."""
         kept = [(layer, self.snapshot(layer)) for layer in self.layers if layer in self.ready]
         _detach(self._handles)
-        self._attach(owned)
+        self._attach(self._owned if owned is None else owned)
         for old, snapshot in kept:
             for new in self.layers:
-                if new.modules[0] is old.modules[0] and new.rows == old.rows:
+                if new.identity == old.identity:
                     self.restore(new, snapshot)
 
     def detach(self) -> None:
@@ -100,6 +111,9 @@ class Tracker:
         live = []
         for layer, place in self._places.items():
             weight, bias = layer.weight, layer.bias
+            if weight is None and self.attached and layer.outgrown:
+                self.rescan(owned)
+                return self.live(owned)
             weight_grad = None if weight is None or id(weight) not in owned else dense_grad(weight)
             if weight is None or weight_grad is None:
                 place.live = None
@@ -127,7 +141,14 @@ class Tracker:
         self.gate.era += 1
 
     def commit(self) -> None:
-        """Commit the samples behind the gradients of the layers that ``live()`` has found."""
+        """Commit the samples behind the gradients of the layers that ``live()`` has found.
+
+        Raises:
+            ValueError: if an adapter contradicts the class that it was registered for; nothing has changed then.
+        """
+        for place in self._places.values():
+            if place.intake.error is not None:
+                raise ValueError(place.intake.error)
         for place in self._places.values():
             weight = None if place.live is None else place.live.weight
             if weight is not None and (weight.dtype is not place.dtype or weight.device != place.device):

@@ -150,7 +150,7 @@ def test_coverage_of_a_lazy_layer_before_its_first_forward() -> None:
     optimizer = BNPreconditioner(torch.optim.SGD(model.parameters(), lr=0.1), model)
     coverage = optimizer.coverage()
     assert not coverage["0.weight"].preconditioned
-    assert coverage["0.weight"].why == "not initialized yet: run one forward pass, then call rescan()"
+    assert coverage["0.weight"].why == "not initialized yet: preconditioned from its first forward pass on"
     assert coverage["1.weight"].preconditioned
     assert "0.weight" in str(coverage)
     model(torch.ones(2, 3))

@@ -1,6 +1,22 @@
-"""Layer types: how a module's parameters are rows × inputs and how its input is read."""
+"""Layer types: how a module's parameters are rows × inputs and how its inputs are read."""
 
 from bnp_optim.layers import conv, linear
-from bnp_optim.layers.base import LayerAdapter, Rows, Samples, adapter_for, is_plain, register_layer
+from bnp_optim.layers.base import LayerAdapter, ModuleAdapter, Part, Rows, Samples, is_readable
+from bnp_optim.layers.checked import checked_parts, contradiction
+from bnp_optim.layers.registry import Match, adapter_for, register_layer
 
-__all__ = ["LayerAdapter", "Rows", "Samples", "adapter_for", "conv", "is_plain", "linear", "register_layer"]
+__all__ = [
+    "LayerAdapter",
+    "Match",
+    "ModuleAdapter",
+    "Part",
+    "Rows",
+    "Samples",
+    "adapter_for",
+    "checked_parts",
+    "contradiction",
+    "conv",
+    "is_readable",
+    "linear",
+    "register_layer",
+]

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bnp_optim.layers.base import LayerAdapter, Rows, Samples, register_layer
+from bnp_optim.layers.base import LayerAdapter, Rows, Samples
+from bnp_optim.layers.registry import register_layer
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -26,20 +27,20 @@ class ConvAdapter(LayerAdapter):
         return Rows(groups=cast(int, module.groups), channels=weight.shape[1], taps=prod(weight.shape[2:]))
 
     def samples(self, module: nn.Module, input: Tensor) -> Samples:
-        values = self._batched(module, input)
+        values = batched(module, input)
         return Samples(values, values.shape[0])
 
-    def respond(self, module: nn.Module, input: Tensor, direction: Tensor) -> Tensor:
+    def respond(self, module: nn.Module, values: Tensor, direction: Tensor) -> Tensor:
         conv = cast("nn.modules.conv._ConvNd", module)
         kernel = direction.view(conv.groups, -1, *conv.kernel_size)
-        input, padding = self._padded(conv, input)
+        input, padding = _padded(conv, values)
         apply = _CONV[len(conv.kernel_size)]
         y = apply(input, kernel, None, conv.stride, padding, conv.dilation, conv.groups)
         return y.flatten(2)
 
-    def correlate(self, module: nn.Module, input: Tensor, response: Tensor) -> Tensor:
+    def correlate(self, module: nn.Module, values: Tensor, response: Tensor) -> Tensor:
         conv = cast("nn.modules.conv._ConvNd", module)
-        input, padding = self._padded(conv, input)
+        input, padding = _padded(conv, values)
         spatial = tuple(
             (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
             for size, pad, dilation, kernel, stride in zip(
@@ -62,20 +63,21 @@ class ConvAdapter(LayerAdapter):
         )[1]
         return cast(Tensor, z).reshape(conv.groups, -1)
 
-    @staticmethod
-    def _batched(module: nn.Module, input: Tensor) -> Tensor:
-        spatial = len(cast("nn.modules.conv._ConvNd", module).kernel_size)
-        return input.unsqueeze(0) if input.dim() == spatial + 1 else input
 
-    def _padded(self, conv: nn.modules.conv._ConvNd, input: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        """The batched input with the padding that the convolution itself cannot do, and the rest of it."""
-        input = self._batched(conv, input)
-        if conv.padding_mode != "zeros":
-            pad = conv._reversed_padding_repeated_twice
-            return F.pad(input, pad, mode=conv.padding_mode), (0,) * len(conv.kernel_size)
-        if isinstance(conv.padding, str):  # "valid", or "same", which may pad one side more than the other
-            return F.pad(input, conv._reversed_padding_repeated_twice), (0,) * len(conv.kernel_size)
-        return input, conv.padding
+def batched(module: nn.Module, input: Tensor) -> Tensor:
+    """``input`` with a batch dimension."""
+    spatial = len(cast("nn.modules.conv._ConvNd", module).kernel_size)
+    return input.unsqueeze(0) if input.dim() == spatial + 1 else input
+
+
+def _padded(conv: nn.modules.conv._ConvNd, input: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The input with the padding that the convolution itself cannot do, and the rest of it."""
+    if conv.padding_mode != "zeros":
+        pad = conv._reversed_padding_repeated_twice
+        return F.pad(input, pad, mode=conv.padding_mode), (0,) * len(conv.kernel_size)
+    if isinstance(conv.padding, str):  # "valid", or "same", which may pad one side more than the other
+        return F.pad(input, conv._reversed_padding_repeated_twice), (0,) * len(conv.kernel_size)
+    return input, conv.padding
 
 
 _adapter = ConvAdapter()

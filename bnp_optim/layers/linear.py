@@ -1,12 +1,13 @@
-"""``nn.Linear``: every position of an N-d input is a sample."""
+"""``nn.Linear``, and transformers' ``Conv1D``, which is one: every position of an N-d input is a sample."""
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
-from bnp_optim.layers.base import LayerAdapter, Rows, Samples, register_layer
+from bnp_optim.layers.base import LayerAdapter, Rows, Samples
+from bnp_optim.layers.registry import register_by_name, register_layer
 
 
 class LinearAdapter(LayerAdapter):
@@ -23,11 +24,20 @@ class LinearAdapter(LayerAdapter):
     def matrix(self, rows: Rows, weight: Tensor) -> Tensor:
         return weight
 
-    def respond(self, module: nn.Module, input: Tensor, direction: Tensor) -> Tensor:
-        return (input.reshape(-1, input.shape[-1]) @ direction[0])[:, None, None]
 
-    def correlate(self, module: nn.Module, input: Tensor, response: Tensor) -> Tensor:
-        return (response[:, 0, 0] @ input.reshape(-1, input.shape[-1]))[None]
+class TransposedLinearAdapter(LinearAdapter):
+    """A linear layer with its weight stored as (inputs, outputs), called with ``x``."""
+
+    def rows(self, module: nn.Module) -> Rows:
+        weight = cast(Tensor, module.weight)
+        return Rows(groups=1, channels=weight.shape[0])
+
+    def keep(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> tuple[Any, ...] | None:
+        return super().keep(module, args or tuple(kwargs.values()), {}, output)
+
+    def matrix(self, rows: Rows, weight: Tensor) -> Tensor:
+        return weight.t()
 
 
 register_layer(nn.Linear, LinearAdapter())
+register_by_name("transformers", "Conv1D", TransposedLinearAdapter())
