@@ -23,7 +23,7 @@ def at_the_door(
 ) -> Iterator[tuple[str, str]]:
     """What can be seen when the wrapper is built."""
     name = type(base).__name__
-    if not tracker.layers:
+    if not tracker.layers and not tracker.awaited:
         yield (
             "no layers",
             f"no layer of the {type(model).__name__} has its weight in the groups of the {name}: every gradient "

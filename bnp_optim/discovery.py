@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from bnp_optim.layers import Match, ModuleAdapter, Part, Rows, adapter_for, checked_parts
@@ -141,7 +142,8 @@ def find_layers(model: nn.Module, skip: Collection[SkipRule] = ()) -> Findings:
             findings.lazy.append(module)
         skipped = any(_matches(rule, name, module) for rule in skip)
         reason = _why_none(name, module, match, skipped, lazy)
-        parts, why = ((), reason) if match is None or lazy else checked_parts(name, module, match)
+        hidden = match is None or lazy or is_parametrized(module)
+        parts, why = ((), reason) if match is None or hidden else checked_parts(name, module, match)
         if reason is not None:  # it speaks for what the module applies of its children's, too
             for key in (*own, *(id(p) for part in parts for p in _both(module, part))):
                 findings.reasons.setdefault(key, reason)
@@ -207,6 +209,8 @@ def _why_none(name: str, module: nn.Module, match: Match | None, skipped: bool, 
         return "behind a parametrization"
     if match is None:
         return f"no rule for {type(module).__name__}"
+    if is_parametrized(module):  # to look at its weight would be to compute it
+        return "parametrized: its weight is computed from other parameters"
     return "not initialized yet: preconditioned from its first forward pass on" if lazy else None
 
 

@@ -224,12 +224,12 @@ class BNPreconditioner(Optimizer):
         tracker = self._tracker
         with torch.no_grad():
             base_step = enter(self.base_optimizer)
-            live = tracker.live(self._owned())
-            if "seen" not in self._warned:
-                self._advise(at_first_steps(live, tracker, self.param_groups))
-                if any(tracker.fired(x.layer) for x in live):
-                    self._warned.add("seen")  # a forward was seen: all is well
             try:
+                live = tracker.live(self._owned())
+                if "seen" not in self._warned:
+                    self._advise(at_first_steps(live, tracker, self.param_groups))
+                    if any(tracker.fired(x.layer) for x in live):
+                        self._warned.add("seen")  # a forward was seen: all is well
                 tracker.commit()
                 tasks = [(x, tracker.factors(x.layer)) for x in live if x.layer in tracker.ready]
                 if self._form == "two_sided":

@@ -60,6 +60,7 @@ class Tracker:
         findings = find_layers(self._model, self._skip)
         self._owned = frozenset(owned)
         self.reasons = findings.reasons
+        self.awaited = any(id(p) in owned for m in findings.lazy for p in m.parameters(recurse=False))
         self.layers = [x for x in findings.layers if x.weight is not None and id(x.weight) in owned]
         self.ready: set[Layer] = set()
         intakes = []

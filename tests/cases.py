@@ -59,7 +59,7 @@ class LayerCase:
         elif padding == "valid":
             padding = (0,) * dims
         return ReferenceLayer(
-            "conv",
+            "transposed" if layer.transposed else "conv",
             tuple(layer.weight.shape),
             bias,
             groups=layer.groups,
@@ -67,6 +67,7 @@ class LayerCase:
             padding=padding,
             dilation=layer.dilation,
             padding_mode=layer.padding_mode,
+            output_padding=layer.output_padding,
         )
 
 
@@ -95,5 +96,9 @@ LAYERS = [
     _case("conv1d-circular", lambda: nn.Conv1d(2, 3, 3, padding=1, padding_mode="circular"), 2, 6),
     _case("conv2d-unbatched", lambda: nn.Conv2d(2, 3, 2), 2, 4, 4, lead=()),
     _case("conv3d", lambda: nn.Conv3d(2, 3, 2, padding=1), 2, 3, 3, 2),
+    _case("transposed1d-stride", lambda: nn.ConvTranspose1d(3, 4, 3, stride=2), 3, 5),
+    _case("transposed2d", lambda: nn.ConvTranspose2d(2, 3, (3, 2), 2, (1, 0), (1, 0), dilation=(1, 2)), 2, 4, 3),
+    _case("transposed2d-grouped-no-bias", lambda: nn.ConvTranspose2d(4, 6, 2, 3, groups=2, bias=False), 4, 2, 3),
+    _case("transposed3d-unbatched", lambda: nn.ConvTranspose3d(2, 2, 2, 2, padding=1), 2, 2, 3, 2, lead=()),
     _case("conv3d-valid-grouped", lambda: nn.Conv3d(2, 2, (1, 2, 2), groups=2, padding="valid"), 2, 3, 3, 3),
 ]

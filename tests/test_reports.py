@@ -100,7 +100,7 @@ ROWS: dict[str, tuple[Callable[[], nn.Module], dict[str, tuple[bool, str]]]] = {
     "weight norm": (
         lambda: nn.ModuleDict({"a": parametrizations.weight_norm(nn.Linear(3, 2))}),
         {
-            "a.bias": (False, "'weight' is not a parameter of the ParametrizedLinear (parametrized or pruned)"),
+            "a.bias": (False, "parametrized: its weight is computed from other parameters"),
             "a.parametrizations.weight.original0": (False, "behind a parametrization"),
             "a.parametrizations.weight.original1": (False, "behind a parametrization"),
         },

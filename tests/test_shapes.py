@@ -16,6 +16,7 @@ from tests.reference.numpy_bnp import ReferenceBNP
 
 TOLERANCE = 1e-9  # relative to the largest gradient entry, raw or preconditioned
 CONV: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED: dict[int, type[nn.Module]] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 
 exactly_so = settings(
     max_examples=60, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
@@ -63,6 +64,32 @@ def convolutions(draw: Any) -> tuple[nn.Module, tuple[int, ...]]:
         groups,
         draw(st.booleans()),
         mode,
+        dtype=torch.float64,
+    )
+    return layer, (layer.in_channels, *size)  # type: ignore[return-value]
+
+
+@st.composite
+def transposed(draw: Any) -> tuple[nn.Module, tuple[int, ...]]:
+    """A transposed convolution, and the shape of one sample that it takes."""
+    dims = draw(st.integers(1, 3))
+    groups = draw(st.sampled_from([1, 1, 2]))
+
+    def each(low: int, high: int) -> tuple[int, ...]:
+        return tuple(draw(st.integers(low, high)) for _ in range(dims))
+
+    kernel, stride, dilation, size = each(1, 3), each(1, 3), each(1, 2), each(2, 3)
+    layer = TRANSPOSED[dims](
+        groups * draw(st.integers(1, 2)),
+        groups * draw(st.integers(1, 2)),
+        kernel,
+        stride,
+        # an output must be left
+        tuple(draw(st.integers(0, min(1, d * (k - 1)))) for d, k in zip(dilation, kernel, strict=True)),
+        tuple(draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True)),
+        groups,
+        draw(st.booleans()),
+        dilation,
         dtype=torch.float64,
     )
     return layer, (layer.in_channels, *size)  # type: ignore[return-value]
@@ -131,7 +158,7 @@ def test_linear(
 
 @exactly_so
 @given(
-    case=convolutions(),
+    case=st.one_of(convolutions(), transposed()),
     size=st.one_of(st.none(), st.integers(1, 3)),
     seed=st.integers(0, 99),
     choice=options,

@@ -115,8 +115,8 @@ class ModuleAdapter(ABC):
     def matrix(self, rows: Rows, weight: Tensor) -> Tensor:
         """A view of ``weight``, or of its gradient, of shape ``(groups, rows of a group, fan_in)``.
 
-        With one group it may be ``(rows, fan_in)``; where inputs cannot be one dimension of a view it may be
-        ``(groups, rows of a group, channels, taps)``, which costs a copy.
+        With one group it may be ``(rows, fan_in)``; where the inputs cannot be one dimension of a view, two may stand
+        for it, ``(groups, rows of a group, channels, taps)``, which costs a copy.
 
         Raises:
             RuntimeError: if the memory layout admits no such view; the caller then works on a contiguous copy.

@@ -51,12 +51,15 @@ def _misfit(module: nn.Module, match: Match, part: Part) -> str | None:
         matrix = match.adapter.matrix(rows, weight)
     except RuntimeError:
         matrix = match.adapter.matrix(rows, weight.contiguous())
-    full = (rows.groups, weight.numel() // inputs, rows.channels, rows.taps)
-    allowed = [full, (*full[:2], rows.fan_in)] + ([(full[1], rows.fan_in)] if rows.groups == 1 else [])
-    if tuple(matrix.shape) not in allowed:
+    each = weight.numel() // inputs
+    wanted = (each, rows.fan_in) if rows.groups == 1 else (rows.groups, each, rows.fan_in)
+    found = tuple(matrix.shape)
+    if len(found) == 4:  # inputs in two dimensions
+        found = (*found[:2], found[2] * found[3])
+    if found not in (wanted, (rows.groups, each, rows.fan_in)):
         return (
             f"matrix() returned shape {tuple(matrix.shape)}, but {part.weight} has shape {shape} and rows() says "
-            f"{rows}: return a view of shape {allowed[-1]}"
+            f"{rows}: return a view of shape {wanted}"
         )
     return None
 

@@ -31,17 +31,18 @@ PAD_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "ci
 class ReferenceLayer:
     """The shape of one layer; `bias` says whether the bias takes part in P."""
 
-    kind: str  # "linear" | "conv"
-    weight_shape: tuple[int, ...]  # linear (out, in); conv (out, in/groups, *kernel)
+    kind: str  # "linear" | "conv" | "transposed"
+    weight_shape: tuple[int, ...]  # linear (out, in); conv (out, in/groups, …); transposed (in, out/groups, …)
     bias: bool
     groups: int = 1
     stride: tuple[int, ...] = ()  # empty: 1 for each spatial dimension
     padding: tuple[int, ...] = ()  # empty: 0
     dilation: tuple[int, ...] = ()  # empty: 1
     padding_mode: str = "zeros"  # "zeros" | "reflect" | "replicate" | "circular"
+    output_padding: tuple[int, ...] = ()  # transposed; empty: 0
 
     def __post_init__(self) -> None:
-        assert self.kind in ("linear", "conv")
+        assert self.kind in ("linear", "conv", "transposed")
         assert self.padding_mode in PAD_MODES
         if self.kind == "linear":
             assert len(self.weight_shape) == 2 and self.groups == 1
@@ -55,12 +56,12 @@ class ReferenceLayer:
     @property
     def rows(self) -> int:
         """Output units (rows of W)."""
-        return self.weight_shape[0]
+        return self.weight_shape[1] * self.groups if self.kind == "transposed" else self.weight_shape[0]
 
     @property
     def group_channels(self) -> int:
         """Input channels that one group sees."""
-        return self.weight_shape[1]
+        return self.weight_shape[0] // self.groups if self.kind == "transposed" else self.weight_shape[1]
 
     @property
     def channels(self) -> int:
@@ -82,9 +83,21 @@ class ReferenceLayer:
         """m (and n of the q² formulas): weights in one row, without the bias."""
         return self.group_channels * self.taps
 
+    @property
+    def statistics(self) -> int:
+        """How many means are kept: one per channel; transposed convolutions have one per channel and tap."""
+        return self.channels * self.taps if self.kind == "transposed" else self.channels
+
     def group_of_row(self, row: int) -> int:
         """The group to which an output unit belongs."""
         return row // (self.rows // self.groups)
+
+    def row(self, w: Array, row: int) -> Array:
+        """The weights of one output unit, as a view of `w`: (in, ...) or (in/groups, *kernel)."""
+        if self.kind != "transposed":
+            return w[row]
+        group, unit = divmod(row, self.rows // self.groups)
+        return w[group * self.group_channels : (group + 1) * self.group_channels, unit]
 
     def patches(self, x: Array, group: int) -> Array:
         """Rows a of one group, without the leading 1: (observations, m) or (samples × output positions, m).
@@ -101,6 +114,8 @@ class ReferenceLayer:
 
         first = group * self.group_channels
         x = x[:, first : first + self.group_channels]
+        if self.kind == "transposed":
+            return self._transposed_patches(x, stride, padding, dilation)
         pad_width = [(0, 0), (0, 0)] + [(p, p) for p in padding]
         x = np.pad(x, pad_width, mode=PAD_MODES[self.padding_mode])  # type: ignore[call-overload]
 
@@ -114,6 +129,29 @@ class ReferenceLayer:
                 )
                 rows.append(sample[(slice(None), *window)].reshape(-1))
         return np.array(rows, dtype=np.float64).reshape(-1, self.fan_in)
+
+    def _transposed_patches(
+        self, x: Array, stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...]
+    ) -> Array:
+        """Tap k sees input i at output position i·stride − padding + k·dilation, and zeros elsewhere."""
+        extra = self.output_padding or (0,) * len(self.kernel)
+        sizes = x.shape[2:]
+        out = [
+            (n - 1) * s - 2 * p + d * (k - 1) + e + 1
+            for n, s, p, d, k, e in zip(sizes, stride, padding, dilation, self.kernel, extra, strict=True)
+        ]
+        seen = np.zeros((x.shape[0], *out, self.group_channels, *self.kernel))
+        for tap in itertools.product(*(range(k) for k in self.kernel)):
+            for i in itertools.product(*(range(n) for n in sizes)):
+                o = tuple(a * s - p + k * d for a, s, p, k, d in zip(i, stride, padding, tap, dilation, strict=True))
+                if all(0 <= a < n for a, n in zip(o, out, strict=True)):
+                    seen[(slice(None), *o, slice(None), *tap)] = x[(slice(None), slice(None), *i)]
+        return seen.reshape(-1, self.fan_in)
+
+    def occupancy(self, sizes: tuple[int, ...]) -> Array:
+        """Per tap, the share of output positions at which it sees an input, (taps,)."""
+        ones = np.ones((1, self.channels, *sizes))
+        return np.array(self.patches(ones, 0).reshape(-1, self.group_channels, self.taps)[:, 0].mean(axis=0))
 
 
 class ReferenceBNP:
@@ -147,8 +185,8 @@ class ReferenceBNP:
         self.variance_kind = variance
 
         self.steps = 0
-        self.mean: Array = np.zeros(layer.channels)
-        self.variance: Array = np.ones(layer.channels)
+        self.mean: Array = np.zeros(layer.statistics)
+        self.variance: Array = np.ones(layer.statistics)
         self.sigma: Array = self._damped_sigma()
         self.q2 = 1.0
 
@@ -178,6 +216,8 @@ class ReferenceBNP:
             observations = np.moveaxis(a, 1, -1).reshape(-1, layer.channels)
         self._observations.append(observations)
         self._samples += a.shape[0]
+        if layer.kind == "transposed":
+            self._occupancy = layer.occupancy(a.shape[2:])
 
         if self.direction is not None:
             for group in range(layer.groups):
@@ -208,8 +248,8 @@ class ReferenceBNP:
 
     def _update_statistics(self, observations: Array) -> None:
         """μ ← μ + (1−r)δ; σ² ← rσ² + (1−r)(σ_A² + rδ²) ("total") or rσ² + (1−r)σ_A² ("batch")."""
-        mean_a = observations.mean(axis=0)
-        var_a = ((observations - mean_a) ** 2).mean(axis=0)
+        mean_a = self._expectation(observations)
+        var_a = self._expectation(observations, mean_a)
         rho, t = self.stat_decay, self.steps
         r = rho * (1 - rho ** (t - 1)) / (1 - rho**t) if self.debias else rho
         delta = mean_a - self.mean
@@ -218,6 +258,16 @@ class ReferenceBNP:
             self.variance = r * self.variance + (1 - r) * (var_a + r * delta**2)
         else:
             self.variance = r * self.variance + (1 - r) * var_a
+
+    def _expectation(self, observations: Array, center: Array | None = None) -> Array:
+        """E a, or E (a − center)², per statistic; a tap of a transposed convolution sees `a` or else a zero."""
+        if self.layer.kind != "transposed":
+            return np.array((observations if center is None else (observations - center) ** 2).mean(axis=0))
+        seen = np.repeat(observations, self.layer.taps, axis=1)
+        o = np.tile(self._occupancy, self.layer.channels)
+        if center is None:
+            return np.array(o * seen.mean(axis=0))
+        return np.array(o * ((seen - center) ** 2).mean(axis=0) + (1 - o) * center**2)
 
     def _damped_sigma(self) -> Array:
         """σ̃ from σ̃² = σ² + ε1·max_j σ_j² + ε2, the maximum over all channels of the layer."""
@@ -232,8 +282,9 @@ class ReferenceBNP:
         if self.step_scale == "fan_in":
             return max(layer.fan_in / self._samples, 1.0)
         if self.step_scale == "trace":
-            second_moment = ((observations - self.mean) ** 2).mean(axis=0)
-            trace = 1.0 + layer.taps / layer.groups * float((second_moment / self.sigma**2).sum())
+            second_moment = self._expectation(observations, self.mean)
+            weights = layer.fan_in * layer.groups / layer.statistics  # of a row, that share a statistic
+            trace = 1.0 + weights / layer.groups * float((second_moment / self.sigma**2).sum())
             return max(trace / self._samples, 1.0)
         return self._power_step()
 
@@ -257,12 +308,12 @@ class ReferenceBNP:
     def _unscaled_P(self, group: int) -> Array:
         """P at q = 1 for one output row of `group`."""
         layer = self.layer
-        first = group * layer.group_channels
-        of_group = slice(first, first + layer.group_channels)
+        each = layer.statistics // layer.groups
+        of_group = slice(group * each, (group + 1) * each)
         # all taps of a channel share its statistics, and a channel's taps are adjacent in a row
-        mu = np.repeat(self.mean[of_group], layer.taps)
-        sigma = np.repeat(self.sigma[of_group], layer.taps)
         m = layer.fan_in
+        mu = np.repeat(self.mean[of_group], m // each)
+        sigma = np.repeat(self.sigma[of_group], m // each)
         if not layer.bias:
             v = mu / sigma
             r = math.sqrt(1.0 + float(v @ v))
@@ -300,14 +351,15 @@ class ReferenceBNP:
             assert b.shape == (layer.rows,)
             out_b = np.zeros(layer.rows)
         for row, p in self._row_matrices():
-            hat = w[row].reshape(-1)
+            hat = layer.row(w, row).reshape(-1)
             if b is not None:
                 hat = np.concatenate([b[row : row + 1], hat])
             result = apply(p, hat)
             if out_b is not None:
                 out_b[row] = result[0]
                 result = result[1:]
-            out_w[row] = result.reshape(layer.weight_shape[1:])
+            out = layer.row(out_w, row)
+            out[...] = result.reshape(out.shape)
         return out_w, out_b
 
     def _row_matrices(self) -> Iterator[tuple[int, Array]]:

@@ -1,0 +1,33 @@
+"""``nn.Bilinear``: a linear layer on the outer product of its two inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from bnp_optim.layers.base import ModuleAdapter, Part, Rows, Samples
+from bnp_optim.layers.registry import register_layer
+
+
+class BilinearAdapter(ModuleAdapter):
+    """``(…, in1_features)`` and ``(…, in2_features)`` inputs; every position is a sample."""
+
+    def parts(self, module: nn.Module) -> Sequence[Part]:
+        weight = cast(Tensor, module.weight)
+        return (Part(Rows(groups=1, channels=weight.shape[1] * weight.shape[2])),)
+
+    def keep(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+    ) -> tuple[Any, ...] | None:
+        inputs = (*args, *(kwargs[name] for name in ("input1", "input2") if name in kwargs))
+        return inputs if len(inputs) == 2 else None
+
+    def read(self, module: nn.Module, kept: tuple[Any, ...]) -> Sequence[Samples | None]:
+        first, second = (x.reshape(-1, x.shape[-1]) for x in kept)
+        values = (first.unsqueeze(2) * second.unsqueeze(1)).flatten(1)
+        return (Samples(values, values.shape[0]),)
+
+
+register_layer(nn.Bilinear, BilinearAdapter())
