@@ -49,12 +49,12 @@ class Reading:
         self._tap = tap
         self.module = module
         # what a layer before has made: whoever changes it in place before backward makes autograd complain
-        self.fixed = len(kept) == 1 and isinstance(kept[0], Tensor) and kept[0].requires_grad
-        self._kept = tuple(x.detach() if isinstance(x, Tensor) else x for x in kept)
+        self.fixed: bool = len(kept) == 1 and kept[0].requires_grad
+        self._kept = (kept[0].detach(),) if len(kept) == 1 else _detached(kept)
         # ... but of an output it is unknown whether autograd keeps it
-        self._versions = () if len(kept) == 1 else tuple(_versions(self._kept))
+        self._versions = () if len(kept) == 1 else _versions(self._kept)
         self._samples: Sequence[Samples | None] | None = None
-        self._measured: dict[tuple[int, ...], Moments] = {}
+        self._measured: dict[int, Moments] = {}
 
     def __call__(self, arrival: Arrival) -> None:
         """Fill ``arrival`` with what was read for its weight; where that fails, stop measuring and say so."""
@@ -63,44 +63,50 @@ class Reading:
         if weight is None or intake.broken:
             return
         try:
-            with torch.no_grad():
-                samples = self._read(arrival.number)
-                if samples is None or any(v.numel() == 0 for v in _groups(samples)):
-                    return
-                wrong = contradiction(samples, intake.rows)
-                if wrong is not None:
-                    self._tap.refuse(self.module, arrival, weight, wrong)
-                    return
-                arrival.moments = self._moments(samples, intake, statistics_dtype(weight))
-                if intake.direction is not None:
-                    arrival.projection = self._project(samples, intake.direction, statistics_dtype(weight))
+            samples = self._read(arrival.number)
+            if samples is None:
+                return
+            wrong = contradiction(samples, intake.rows)
+            if wrong is not None:
+                self._tap.refuse(self.module, arrival, weight, wrong)
+                return
+            arrival.moments = self._moments(samples, intake, statistics_dtype(weight))
+            if arrival.moments is not None and intake.direction is not None:
+                arrival.projection = self._project(samples, intake.direction, statistics_dtype(weight))
         except Exception as error:  # the user's run comes first
             self._tap.give_up(self.module, [intake], error)
 
     def _read(self, number: int) -> Samples | None:
         if self._samples is None:
-            if self._versions and tuple(_versions(self._kept)) != self._versions:
+            if self._versions and _versions(self._kept) != self._versions:
                 self._samples = [None] * (number + 1)
             else:
                 self._samples = self._tap.adapter.read(self.module, self._kept)
             self._kept = ()
         return self._samples[number] if number < len(self._samples) else None
 
-    def _moments(self, samples: Samples, intake: Intake, dtype: torch.dtype) -> Moments:
-        groups = _groups(samples)
-        key = tuple(map(id, groups))
-        found = self._measured.get(key)  # attention's three projections often see one input
-        if found is None:
-            limit = self._tap.limit
-            each = {}
-            for values in groups:
-                if id(values) not in each:
-                    thin = thinned(values, limit, intake.calls)
-                    each[id(values)] = moments(thin, samples.size, dtype, view=self.fixed)
-            intake.calls += limit is not None
-            found = each[key[0]] if len(groups) == 1 else side_by_side([each[k] for k in key])
-            self._measured[key] = found
-        return found if samples.occupancy is None else behind_taps(found, samples.occupancy)
+    def _moments(self, samples: Samples, intake: Intake, dtype: torch.dtype) -> Moments | None:
+        values, size, occupancy = samples
+        if not isinstance(values, tuple):
+            found = self._measure(values, size, intake, dtype)
+            return found if found is None or occupancy is None else behind_taps(found, occupancy)
+        each = []
+        for group in values:  # attention's three projections often see one input
+            known = self._measured.get(id(group)) or self._measure(group, size, intake, dtype)
+            if known is None:
+                return None
+            self._measured[id(group)] = known
+            each.append(known)
+        return side_by_side(each)
+
+    def _measure(self, values: Tensor, size: int, intake: Intake, dtype: torch.dtype) -> Moments | None:
+        if values.numel() == 0:
+            return None
+        limit = self._tap.limit
+        if limit is not None:
+            values = thinned(values, limit, intake.calls)
+            intake.calls += 1
+        return moments(values, size, dtype, view=self.fixed)
 
     def _project(self, samples: Samples, direction: Tensor, dtype: torch.dtype) -> Projection:
         groups = _groups(samples)
@@ -157,11 +163,12 @@ class ForwardTap:
     def _observe(self, module: nn.Module, live: Sequence[_Live], kept: tuple[Any, ...], output: Any) -> None:
         """Measure now, or better when backward comes by: it reads the input anyway, and not every forward has one."""
         reading = Reading(self, module, kept)
-        later = _saved_tensor_hooks is not None and _saved_tensor_hooks(True) is None and not _autocasting(output)
+        outputs = (output,) if isinstance(output, Tensor) else tuple(_tensors(output))
+        later = _saved_tensor_hooks is not None and _saved_tensor_hooks(True) is None and not _autocasting(outputs[0])
         for number, intake, weight in live:
             intake.follow(weight)
             arrival = Arrival(intake, number, reading)
-            for tensor in _tensors(output):
+            for tensor in outputs:
                 arrival.come_by(tensor)
             if not later:
                 arrival.measure()
@@ -188,7 +195,7 @@ class ForwardTap:
         )
 
     def _trace(self, module: nn.Module, live: Sequence[_Live], kept: tuple[Any, ...]) -> None:
-        read = self.adapter.read(module, tuple(x.detach() if isinstance(x, Tensor) else x for x in kept))
+        read = self.adapter.read(module, _detached(kept))
         for number, intake, _ in live:
             samples = read[number]
             if samples is None or contradiction(samples, intake.rows) is not None:
@@ -266,11 +273,14 @@ def _tensors(output: Any) -> Iterator[Tensor]:
             yield from _tensors(x)
 
 
-def _versions(kept: tuple[Any, ...]) -> Iterator[int]:
-    return (x._version for x in kept if isinstance(x, Tensor))
+def _detached(kept: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.detach() if isinstance(x, Tensor) else x for x in kept)
 
 
-def _autocasting(output: Any) -> bool:
-    tensor = next(_tensors(output))
+def _versions(kept: tuple[Any, ...]) -> tuple[int, ...]:
+    return tuple(x._version for x in kept if isinstance(x, Tensor))
+
+
+def _autocasting(tensor: Tensor) -> bool:
     device = tensor.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

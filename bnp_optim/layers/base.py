@@ -173,6 +173,7 @@ class LayerAdapter(ModuleAdapter):
 
 def is_readable(kept: tuple[Any, ...]) -> bool:
     """Whether the tensors among what was kept of a call are dense, real and of a definite shape."""
-    return all(
-        x.layout == torch.strided and not x.is_nested and not x.is_complex() for x in kept if isinstance(x, Tensor)
-    )
+    for x in kept:
+        if isinstance(x, Tensor) and (x.layout != torch.strided or x.is_nested or x.is_complex()):
+            return False
+    return True

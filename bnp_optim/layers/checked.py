@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 
 from torch import Tensor, nn
 
@@ -66,13 +65,19 @@ def _misfit(module: nn.Module, match: Match, part: Part) -> str | None:
 
 def contradiction(samples: Samples, rows: Rows) -> str | None:
     """What is wrong with the shape of ``samples`` for a weight of this geometry, or None."""
-    parts = samples.values if isinstance(samples.values, tuple) else (samples.values,)
-    taps = 1 if samples.occupancy is None else samples.occupancy.numel()
+    values, _, occupancy = samples
+    parts = values if isinstance(values, tuple) else (values,)
+    taps = 1 if occupancy is None else occupancy.numel()
     channels = rows.statistics // taps
-    if all(isinstance(v, Tensor) and v.dim() >= 2 for v in parts) and sum(v.shape[1] for v in parts) == channels:
-        return None
+    for v in parts:
+        if not isinstance(v, Tensor) or v.dim() < 2:
+            break
+        channels -= v.shape[1]
+    else:
+        if channels == 0:
+            return None
     found = [tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in parts]
     return (
         f"samples() returned values of shape {', '.join(map(str, found))}, but rows() says {rows}: dimension 0 must "
-        f"hold the observations, dimension 1 the {channels} channels ({prod((rows.groups, rows.channels))} statistics)"
+        f"hold the observations, dimension 1 the {rows.statistics // taps} channels"
     )
