@@ -1,4 +1,4 @@
-"""The code in README and CONTRIBUTING runs as it stands."""
+"""The code in README and docs runs as it stands."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bnp_optim import BNPreconditioner
+from bnp_optim.layers import registry
 from tests.conftest import train
 
 ROOT = Path(__file__).parent.parent
@@ -50,17 +51,61 @@ def test_the_table_of_the_readme() -> None:
     assert lines[2:] == mine[2:]
 
 
-@pytest.mark.parametrize("step_scale", ["trace", "spectral"])
-def test_the_layer_type_of_contributing(step_scale: Any) -> None:
-    (code,) = blocks("CONTRIBUTING.md")
+@pytest.fixture
+def layers_page() -> Any:
+    """What docs/layers.md defines; its registrations are taken back."""
+    known = dict(registry._REGISTRY)
     scope: dict[str, Any] = {}
-    exec(code, scope)
-    folded = nn.Sequential(scope["FoldedLinear"](4, 3))
-    linear = nn.Sequential(nn.Linear(4, 3))
-    linear.load_state_dict(folded.state_dict())
-    data = [torch.randn(6, 8) + 1 for _ in range(4)]
-    for model, inputs in ((folded, data), (linear, [x[:, :4] + x[:, 4:] for x in data])):
+    for code in blocks("docs/layers.md"):
+        exec(code, scope)
+    yield scope
+    registry._REGISTRY.clear()
+    registry._REGISTRY.update(known)
+
+
+@pytest.mark.parametrize("step_scale", ["trace", "spectral"])
+def test_the_layer_type_of_the_layers_page(layers_page: dict[str, Any], step_scale: Any) -> None:
+    """It is Linear on the scaled input."""
+    equal, linear = nn.Sequential(layers_page["EqualLinear"](4, 3)), nn.Sequential(nn.Linear(4, 3))
+    linear.load_state_dict(equal.state_dict())
+    data = [torch.randn(6, 4) + 1 for _ in range(4)]
+    for model, inputs in ((equal, data), (linear, [x / 2 for x in data])):
         base = torch.optim.SGD(model.parameters(), lr=0.1)
         train(model, BNPreconditioner(base, model, step_scale=step_scale), inputs)
-    for p, q in zip(folded.parameters(), linear.parameters(), strict=True):
+    for p, q in zip(equal.parameters(), linear.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("base_class", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("step_scale", ["trace", "spectral"])
+def test_the_module_with_several_weights_of_the_layers_page(
+    layers_page: dict[str, Any], step_scale: Any, base_class: Any
+) -> None:
+    """Its weights are three Linear layers."""
+
+    class Apart(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.up = nn.Linear(4, 6, bias=False), nn.Linear(4, 6, bias=False)
+            self.down = nn.Linear(6, 4, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(nn.functional.silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
+
+    unit, apart = layers_page["GatedUnit"](4, 6).double(), Apart().double()
+    names = ["gate", "up", "down"]
+    apart.load_state_dict({f"{n}.weight": getattr(unit, f"{n}_weight") for n in names})
+    data = [torch.randn(2, 3, 4, dtype=torch.float64) + 1 for _ in range(4)]
+    wrapped = []
+    for model in (unit, apart):
+        base = base_class(model.parameters(), lr=0.01)
+        wrapped.append(BNPreconditioner(base, model, step_scale=step_scale))
+        train(model, wrapped[-1], data)
+    assert list(wrapped[0].statistics) == list(wrapped[1].statistics) == names
+    for n in names:
+        mine, theirs = wrapped[0].statistics[n], wrapped[1].statistics[n]
+        torch.testing.assert_close(mine.variance, theirs.variance)
+        assert int(mine.count) == int(theirs.count) == 24
+    assert wrapped[0].coverage().preconditioned == ("gate_weight", "up_weight", "down_weight")
+    for n in names:
+        torch.testing.assert_close(getattr(unit, f"{n}_weight"), getattr(apart, n).weight, rtol=1e-9, atol=1e-12)
