@@ -1,6 +1,6 @@
 """What a training step costs with BNP, beside the plain base, normalization layers and second-order methods.
 
-    python -m benchmarks.overhead            # about an hour, on one thread
+    python -m benchmarks.overhead            # about 1.5 hours, on one thread
     python -m benchmarks.overhead --quick    # two minutes, without peers and the ResNet
     python -m benchmarks.overhead --profile mlp-64:1
 
