@@ -68,13 +68,17 @@ class RecurrentAdapter(ModuleAdapter):
     ) -> tuple[Any, ...] | None:
         input, hx = _arguments(args, kwargs)
         hidden, cell = hx if isinstance(hx, tuple) else (hx, None)
-        outputs, order, batch_sizes = output[0], None, None
-        if isinstance(input, PackedSequence):
-            input, batch_sizes, order, _ = input
+        outputs = output[0] if isinstance(output, tuple) else None
+        batch_sizes = order = None
+        if isinstance(input, PackedSequence) and isinstance(outputs, PackedSequence):
             outputs = outputs.data
-        if not isinstance(input, Tensor) or input.numel() == 0:
+            input, batch_sizes, order, _ = input
+        if not (isinstance(input, Tensor) and isinstance(outputs, Tensor)) or input.numel() == 0:
             return None
-        return _Call(input, outputs, batch_sizes, order, hidden, cell)
+        # a subclass may return something else
+        return (
+            _Call(input, outputs, batch_sizes, order, hidden, cell) if input.shape[:-1] == outputs.shape[:-1] else None
+        )
 
     @torch.no_grad()
     def read(self, module: nn.Module, kept: tuple[Any, ...]) -> Sequence[Samples | None]:
