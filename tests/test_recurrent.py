@@ -30,7 +30,7 @@ class Case:
     """A fused layer and how it is called."""
 
     kind: str  # "RNN_TANH" | "RNN_RELU" | "LSTM" | "GRU" | "LSTM_PROJ"
-    depth: str  # "1" | "2" | "2bi"
+    depth: str  # "1" | "2" | "2bi" | "3" | "3bi"
     layout: str  # "dense" | "batch_first" | "packed" | "packed_hx" | "unbatched" | "hx"
     bias: bool = True
 
@@ -167,6 +167,7 @@ DEPTHS = ("1", "2", "2bi")
 LAYOUTS = ("dense", "batch_first", "packed", "packed_hx", "unbatched", "hx")
 GRID = [Case(*x, bias=i % 3 > 0) for i, x in enumerate(itertools.product(KINDS, DEPTHS, LAYOUTS))]
 UNBIASED = [Case(kind, depth, "packed_hx", bias=False) for kind in KINDS for depth in DEPTHS]
+DEEP = [Case("LSTM", "3bi", "packed_hx"), Case("LSTM_PROJ", "3", "hx"), Case("GRU", "3bi", "unbatched")]
 
 
 def name_of(case: Case) -> str:
@@ -174,7 +175,7 @@ def name_of(case: Case) -> str:
 
 
 @pytest.mark.parametrize("mode", ["gradient", "two_sided"])
-@pytest.mark.parametrize("case", list(dict.fromkeys(GRID + UNBIASED)), ids=name_of)
+@pytest.mark.parametrize("case", list(dict.fromkeys(GRID + UNBIASED + DEEP)), ids=name_of)
 def test_against_the_reference(case: Case, mode: str) -> None:
     check(case, mode, torch.float64)
 

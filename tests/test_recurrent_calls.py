@@ -170,6 +170,19 @@ def test_a_cell_in_a_loop_sees_what_a_fused_layer_sees(kinds: tuple[Any, Any]) -
     assert_same_weights(rnn, cell, rtol=1e-12)
 
 
+@pytest.mark.parametrize("container", [tuple, list])
+def test_an_initial_state_in_a_tuple_or_a_list(container: Any) -> None:
+    h, c = torch.full((1, 5, 4), 9.0), torch.zeros(1, 5, 4)
+    rnn, cell = nn.LSTM(3, 4), nn.LSTMCell(3, 4)
+    a, b = wrap(rnn), wrap(cell)
+    rnn(sequences(), container((h, c)))[0].sum().backward()
+    cell(sequences()[0], container((h[0], c[0])))[0].sum().backward()
+    for optimizer, part, observations in ((a, "hh_l0", 30), (b, "hh", 5)):
+        optimizer.step()
+        assert count(optimizer, part) == observations
+        assert (optimizer.statistics[part].mean > 9 / 6 - 1).all()  # what is between steps is below 1
+
+
 def test_dropout_between_layers() -> None:
     """Masks of our own with the same distribution; the global random numbers stay as a plain run leaves them."""
     plain = nn.LSTM(3, 8, 2, dropout=0.4)

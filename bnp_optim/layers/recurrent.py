@@ -4,6 +4,11 @@ Both are linear, the gates' pre-activations being ``W_ih [1; x] + W_hh [1; h]`` 
 term afterwards, which changes nothing), so each has a P of its own, from the inputs or from the hidden states that it
 multiplied: the initial one, and every output but that of a sequence's last step. LSTM's projection ``weight_hr``
 multiplies what never leaves the kernel, and passes through.
+
+``N`` is the number of sequences, not of steps: a sequence's steps share a loss and are far from independent. Measured
+with an LSTM(28, 64) on MNIST's rows, one pass, two seeds, accuracy at the best of a grid of rates, sequences / steps:
+BNP-SGD .906 (at .03) / .840 (.01) at batch size 32 and .694 (.1) / .604 (.01) at 1, BNP-AdamW .928 / .922 and
+.761 / .678. A cell cannot know which of its calls go on with the same sequences, so there each call's rows count.
 """
 
 from __future__ import annotations
@@ -19,8 +24,6 @@ from torch.nn.utils.rnn import PackedSequence
 
 from bnp_optim.layers.base import ModuleAdapter, Part, Rows, Samples
 from bnp_optim.layers.registry import register_layer
-
-POSITIONS = False
 
 
 class _Call(NamedTuple):
@@ -67,47 +70,39 @@ class RecurrentAdapter(ModuleAdapter):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
     ) -> tuple[Any, ...] | None:
         input, hx = _arguments(args, kwargs)
-        hidden, cell = hx if isinstance(hx, tuple) else (hx, None)
-        outputs = output[0] if isinstance(output, tuple) else None
+        hidden, cell = (hx, None) if hx is None or isinstance(hx, Tensor) else hx
+        outputs = output[0] if isinstance(output, tuple) else None  # a subclass may return something else
         batch_sizes = order = None
         if isinstance(input, PackedSequence) and isinstance(outputs, PackedSequence):
             outputs = outputs.data
             input, batch_sizes, order, _ = input
         if not (isinstance(input, Tensor) and isinstance(outputs, Tensor)) or input.numel() == 0:
             return None
-        # a subclass may return something else
-        return (
-            _Call(input, outputs, batch_sizes, order, hidden, cell) if input.shape[:-1] == outputs.shape[:-1] else None
-        )
+        if input.shape[:-1] != outputs.shape[:-1]:
+            return None
+        return _Call(input, outputs, batch_sizes, order, hidden, cell)
 
     @torch.no_grad()
     def read(self, module: nn.Module, kept: tuple[Any, ...]) -> Sequence[Samples | None]:
-        rnn, call = cast(nn.RNNBase, module), _batched(cast(nn.RNNBase, module), _Call(*kept))
-        directions, size = _directions(rnn), _hidden_size(rnn)
-        time = None if call.batch_sizes is not None else int(rnn.batch_first)
-        sequences = call.input.shape[1 - time] if time is not None else int(cast(Tensor, call.batch_sizes)[0])
+        rnn = cast(nn.RNNBase, module)
+        call = _batched(rnn, _Call(*kept))
+        directions, size, sequences = _directions(rnn), _hidden_size(rnn), _sequences(rnn, call)
         zeros = call.output.new_zeros(sequences, size)
         generator: torch.Generator | None = None
         samples = []
         inputs = call.input
         for layer in range(rnn.num_layers):
             top = layer == rnn.num_layers - 1
-            outputs = call.output if top else _run(rnn, layer, inputs, call, sequences)
+            outputs = call.output if top else _run(rnn, layer, inputs, call)
             seen = inputs.flatten(0, -2)
             for direction in range(directions):
                 own = outputs[..., direction * size : (direction + 1) * size]
                 first = zeros if call.hidden is None else call.hidden[layer * directions + direction]
-                if call.batch_sizes is None:
-                    multiplied = _dense_states(own, first, cast(int, time), reverse=direction > 0)
-                else:
-                    multiplied = _packed_states(own, first, call.batch_sizes, reverse=direction > 0)
-                n = seen.shape[0] if POSITIONS else sequences
-                samples += [Samples(seen, n), Samples(multiplied, n)]
-            if not top:
-                if rnn.training and rnn.dropout > 0:
-                    generator = generator or _generator(rnn, outputs.device)
-                    outputs = outputs * _mask(outputs, rnn.dropout, generator)
-                inputs = outputs
+                samples += [Samples(seen, sequences), Samples(_multiplied(rnn, call, own, first, direction), sequences)]
+            if not top and rnn.training and rnn.dropout > 0:
+                generator = generator or _generator(rnn, outputs.device)
+                outputs = outputs * _mask(outputs, rnn.dropout, generator)
+            inputs = outputs
         return samples
 
 
@@ -129,7 +124,9 @@ class CellAdapter(ModuleAdapter):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
     ) -> tuple[Any, ...] | None:
         input, hx = _arguments(args, kwargs)
-        return (input, hx[0] if isinstance(hx, tuple) else hx) if isinstance(input, Tensor) else None
+        if not isinstance(input, Tensor):
+            return None
+        return input, hx if hx is None or isinstance(hx, Tensor) else hx[0]
 
     def read(self, module: nn.Module, kept: tuple[Any, ...]) -> Sequence[Samples | None]:
         input, hidden = kept
@@ -167,30 +164,35 @@ def _batched(rnn: nn.RNNBase, call: _Call) -> _Call:
     return _Call(input, output, call.batch_sizes, None, *states)
 
 
-def _dense_states(outputs: Tensor, first: Tensor, time: int, *, reverse: bool) -> Tensor:
-    """The hidden states that were multiplied, (T × B, H): ``first``, and all outputs but each sequence's last."""
-    rest = outputs.narrow(time, int(reverse), outputs.shape[time] - 1)
-    return torch.cat([first.unsqueeze(time), rest], time).flatten(0, 1)
+def _sequences(rnn: nn.RNNBase, call: _Call) -> int:
+    if call.batch_sizes is not None:
+        return int(call.batch_sizes[0])
+    return call.input.shape[0 if rnn.batch_first else 1]
 
 
-def _packed_states(outputs: Tensor, first: Tensor, batch_sizes: Tensor, *, reverse: bool) -> Tensor:
-    """The same of a packed sequence: its rows are all samples at step 0, those still going on at step 1, and so on."""
-    rest = outputs[first.shape[0] :]
-    if not reverse:  # what a row of step t > 0 multiplied is batch_sizes[t - 1] rows before it
-        back = torch.repeat_interleave(batch_sizes[:-1], batch_sizes[1:])
-        before = torch.arange(first.shape[0], outputs.shape[0]) - back
-        rest = outputs[before.to(outputs.device, non_blocking=True)]
-    return torch.cat([first, rest])
+def _multiplied(rnn: nn.RNNBase, call: _Call, outputs: Tensor, first: Tensor, reverse: int) -> Tensor:
+    """The hidden states that one direction multiplied, (real steps, H): ``first``, and outputs but the last ones."""
+    if call.batch_sizes is None:
+        time = 1 if rnn.batch_first else 0
+        rest = outputs.narrow(time, reverse, outputs.shape[time] - 1)
+        return torch.cat([first.unsqueeze(time), rest], time).flatten(0, 1)
+    # the rows of a packed sequence are all samples at step 0, those still going on at step 1, and so on
+    sizes, start = call.batch_sizes, first.shape[0]
+    if reverse:
+        return torch.cat([first, outputs[start:]])
+    # a row of step t > 0 multiplied the one of its sample at t - 1, batch_sizes[t - 1] rows before it
+    before = torch.arange(start, outputs.shape[0]) - torch.repeat_interleave(sizes[:-1], sizes[1:])
+    return torch.cat([first, outputs[before.to(outputs.device, non_blocking=True)]])
 
 
-def _run(rnn: nn.RNNBase, layer: int, inputs: Tensor, call: _Call, sequences: int) -> Tensor:
+def _run(rnn: nn.RNNBase, layer: int, inputs: Tensor, call: _Call) -> Tensor:
     """The outputs of one layer, in all of its directions."""
     directions = _directions(rnn)
     own = slice(layer * directions, (layer + 1) * directions)
     weights = [getattr(rnn, name) for names in rnn._all_weights[own] for name in names]
     sizes = [_hidden_size(rnn), rnn.hidden_size] if rnn.mode == "LSTM" else [_hidden_size(rnn)]
     states = [
-        weights[0].new_zeros(directions, sequences, size) if x is None else x[own].to(weights[0].dtype)
+        weights[0].new_zeros(directions, _sequences(rnn, call), size) if x is None else x[own].to(weights[0].dtype)
         for x, size in zip((call.hidden, call.cell), sizes, strict=False)
     ]
     hx: Any = states if rnn.mode == "LSTM" else states[0]
