@@ -200,8 +200,11 @@ class ReferenceBNP:
 
     # ---- statistics ---------------------------------------------------------------------------------
 
-    def observe(self, x: ArrayLike) -> None:
-        """Add one micro-batch of the layer's raw input to the samples of the pending step."""
+    def observe(self, x: ArrayLike, samples: int | None = None) -> None:
+        """Add one micro-batch of the layer's raw input to the samples of the pending step.
+
+        `samples` is what it adds to N, if not the size of the first dimension.
+        """
         layer = self.layer
         a = np.array(x, dtype=np.float64)
         if layer.kind == "linear":
@@ -215,7 +218,7 @@ class ReferenceBNP:
             # statistics see every position of the input itself, not of the padded input
             observations = np.moveaxis(a, 1, -1).reshape(-1, layer.channels)
         self._observations.append(observations)
-        self._samples += a.shape[0]
+        self._samples += a.shape[0] if samples is None else samples
         if layer.kind == "transposed":
             self._occupancy = layer.occupancy(a.shape[2:])
 
