@@ -239,7 +239,8 @@ class _InertTap:
 
     def __call__(self, module: nn.Module, *args: Any) -> None:
         if not torch.compiler.is_compiling():
-            _drop(module, [k for k, hook in module._forward_hooks.items() if hook is self])
+            for inner in module.modules():  # a child that is never called (attention's out_proj) would keep its own
+                drop_inert_taps(inner)
 
 
 def drop_inert_taps(module: nn.Module) -> None:
