@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -16,6 +17,10 @@ from tests.reference.numpy_bnp import ReferenceBNP, ReferenceLayer
 
 Array = NDArray[np.float64]
 WIDTH, HEADS, KDIM, VDIM = 4, 2, 3, 6
+
+knows_hooks = pytest.mark.skipif(
+    not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"), reason="torch 2.6: out_proj passes through"
+)
 
 
 @dataclass(frozen=True)
@@ -148,3 +153,25 @@ class ByHand:
             if bias_name is not None:
                 mapped[bias_name] = g_b
         return mapped
+
+
+def attention(**options: Any) -> nn.MultiheadAttention:
+    torch.manual_seed(3)
+    return nn.MultiheadAttention(4, 2, batch_first=True, **options)
+
+
+def sequences(steps: int, *, batch: int = 4, length: int = 5, width: int = 4, seed: int = 1) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(batch, length, width, generator=generator) * 2 + 0.5 for _ in range(steps)]
+
+
+def train(model: nn.Module, optimizer: Any, data: list[Tensor]) -> None:
+    for x in data:
+        optimizer.zero_grad()
+        y = model(x, x, x)[0] if isinstance(model, nn.MultiheadAttention) else model(x)
+        y.square().mean().backward()
+        optimizer.step()
+
+
+def counts(optimizer: BNPreconditioner) -> dict[str, int]:
+    return {name: int(s.count) for name, s in optimizer.statistics.items()}

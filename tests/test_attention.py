@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from bnp_optim import BNPreconditioner
-from tests.attention_cases import Array, AttentionCase, ByHand, heads_of
+from tests.attention_cases import Array, AttentionCase, ByHand, heads_of, knows_hooks
+
+pytestmark = knows_hooks
 
 STEPS = 3
 CASES = [
