@@ -49,10 +49,11 @@ class Reading:
         self._tap = tap
         self.module = module
         # what a layer before has made: whoever changes it in place before backward makes autograd complain
-        self.fixed: bool = len(kept) == 1 and kept[0].requires_grad
-        self._kept = (kept[0].detach(),) if len(kept) == 1 else _detached(kept)
+        alone = len(kept) == 1 and isinstance(kept[0], Tensor)
+        self.fixed: bool = alone and kept[0].requires_grad
+        self._kept = (kept[0].detach(),) if alone else _detached(kept)
         # ... but of an output it is unknown whether autograd keeps it
-        self._versions = () if len(kept) == 1 else _versions(self._kept)
+        self._versions = () if alone else _versions(self._kept)
         self._samples: Sequence[Samples | None] | None = None
         self._measured: dict[int, Moments] = {}
 
@@ -246,7 +247,8 @@ class _InertTap:
 
     def __call__(self, module: nn.Module, *args: Any) -> None:
         if not torch.compiler.is_compiling():
-            _drop(module, [k for k, hook in module._forward_hooks.items() if hook is self])
+            for inner in module.modules():  # a child that is never called (attention's out_proj) would keep its own
+                drop_inert_taps(inner)
 
 
 def drop_inert_taps(module: nn.Module) -> None:

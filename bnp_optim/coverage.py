@@ -71,7 +71,7 @@ def coverage_of(model: nn.Module, tracker: Tracker, groups: Iterable[dict[str, A
     """What ``tracker`` does with the parameters of ``model`` and of the optimizer's ``groups``.
 
     Before the first step (``started`` False) that is what it is going to do; afterwards a layer whose input was never
-    seen, such as attention's ``out_proj``, whose module is never called, passes through.
+    seen, such as attention's ``out_proj`` in a compiled graph, passes through.
     """
     owned = {id(p) for group in groups for p in group["params"]}
     role: dict[int, str] = {}

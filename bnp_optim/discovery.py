@@ -160,7 +160,8 @@ def find_layers(model: nn.Module, skip: Collection[SkipRule] = ()) -> Findings:
             for p in _both(module, part):
                 own.pop(id(p), None)
         for key, parameter in own.items():
-            findings.reasons.setdefault(key, why or f"no rule for the {parameter} of {type(module).__name__}")
+            unruled = match.adapter.reason(module, parameter) or why
+            findings.reasons.setdefault(key, unruled or f"no rule for the {parameter} of {type(module).__name__}")
 
     for key, uses in candidates.items():
         if key in findings.reasons:

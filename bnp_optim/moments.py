@@ -61,7 +61,7 @@ def side_by_side(groups: Sequence[Moments]) -> Moments:
     """
     samples, observations = min(g.samples for g in groups), max(g.observations for g in groups)
     mean = torch.cat([g.mean.flatten() for g in groups])
-    if observations == 1:
+    if all(g.variance is None for g in groups):
         return Moments(samples, 1, mean.unsqueeze(0), None)
     zero = torch.zeros_like(groups[0].mean.flatten())
     return Moments(samples, observations, mean, torch.cat([zero if g.variance is None else g.variance for g in groups]))

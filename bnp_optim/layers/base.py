@@ -112,6 +112,10 @@ class ModuleAdapter(ABC):
     def read(self, module: nn.Module, kept: tuple[Any, ...]) -> Sequence[Samples | None]:
         """The inputs of the :meth:`parts`, in their order; None for a part that this call says nothing of."""
 
+    def reason(self, module: nn.Module, name: str) -> str | None:
+        """Why the parameter ``name`` of ``module``, which is in none of the :meth:`parts`, passes through."""
+        return None
+
     def matrix(self, rows: Rows, weight: Tensor) -> Tensor:
         """A view of ``weight``, or of its gradient, of shape ``(groups, rows of a group, fan_in)``.
 
