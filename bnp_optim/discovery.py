@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from bnp_optim.layers import Match, ModuleAdapter, Part, Rows, adapter_for, checked_parts
+from bnp_optim.layers import LayerAdapter, Match, ModuleAdapter, Part, Rows, adapter_for, checked_parts
 
 __all__ = ["Findings", "Layer", "SkipRule", "Use", "clean_name", "find_layers"]
 
@@ -142,7 +142,7 @@ def find_layers(model: nn.Module, skip: Collection[SkipRule] = ()) -> Findings:
             findings.lazy.append(module)
         skipped = any(_matches(rule, name, module) for rule in skip)
         reason = _why_none(name, module, match, skipped, lazy)
-        hidden = match is None or lazy or is_parametrized(module)
+        hidden = match is None or lazy or _computed(module, match)
         parts, why = ((), reason) if match is None or hidden else checked_parts(name, module, match)
         if reason is not None:  # it speaks for what the module applies of its children's, too
             for key in (*own, *(id(p) for part in parts for p in _both(module, part))):
@@ -210,9 +210,14 @@ def _why_none(name: str, module: nn.Module, match: Match | None, skipped: bool, 
         return "behind a parametrization"
     if match is None:
         return f"no rule for {type(module).__name__}"
-    if is_parametrized(module):  # to look at its weight would be to compute it
+    if _computed(module, match):
         return "parametrized: its weight is computed from other parameters"
     return "not initialized yet: preconditioned from its first forward pass on" if lazy else None
+
+
+def _computed(module: nn.Module, match: Match) -> bool:
+    """Whether to look at the module's only weight, as adapters do, would be to compute it."""
+    return isinstance(match.adapter, LayerAdapter) and is_parametrized(module, match.adapter.weight_name)
 
 
 def _why_not(weight: Tensor | None, part: Part, module: nn.Module) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from bnp_optim.layers.base import ModuleAdapter, Part, Rows, Samples
 from bnp_optim.layers.registry import register_layer
@@ -15,8 +15,8 @@ class BilinearAdapter(ModuleAdapter):
     """``(…, in1_features)`` and ``(…, in2_features)`` inputs; every position is a sample."""
 
     def parts(self, module: nn.Module) -> Sequence[Part]:
-        weight = cast(Tensor, module.weight)
-        return (Part(Rows(groups=1, channels=weight.shape[1] * weight.shape[2])),)
+        bilinear = cast(nn.Bilinear, module)
+        return (Part(Rows(groups=1, channels=bilinear.in1_features * bilinear.in2_features)),)
 
     def keep(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
