@@ -161,7 +161,7 @@ MODELS: dict[str, Any] = {
 @pytest.mark.parametrize("base", ["SGD", "AdamW"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_transformers_learn_with_every_matrix_preconditioned(kind: str, base: str) -> None:
-    """The task: reverse the sequence. The final loss of the wrapped run is below half of the first."""
+    """The task: reverse the sequence. The loss falls by a tenth at least in 60 steps."""
     torch.manual_seed(0)
     model = MODELS[kind]()
     head = nn.Linear(8, 8)

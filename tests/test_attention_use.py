@@ -159,6 +159,17 @@ def test_where_hooks_pack_what_autograd_keeps_out_proj_passes_through(how: str) 
     assert optimizer.coverage()["out_proj.weight"].why == UNSEEN
 
 
+def test_where_torch_does_not_tell_of_such_hooks_out_proj_passes_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch 2.6."""
+    monkeypatch.setattr("bnp_optim.layers.attention._saved_tensor_hooks", None)
+    monkeypatch.setattr("bnp_optim.capture._saved_tensor_hooks", None)
+    model = attention()
+    optimizer = wrap(model)
+    train(model, optimizer, sequences(2))
+    assert counts(optimizer) == {"in_proj": 40, "out_proj": 0}
+    assert optimizer.coverage()["out_proj.weight"].why == UNSEEN
+
+
 @quiet_dynamo
 @pytest.mark.parametrize("kind", ["self", "cross", "one observation"])
 def test_compiled(kind: str) -> None:
