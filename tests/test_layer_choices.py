@@ -72,7 +72,7 @@ def test_patch_statistics_are_the_channels_by_occupancy() -> None:
     """Where channels look the same everywhere: occ·μ, and occ·(σ² + μ²) - occ²μ²."""
     conv = PatchConv2d(2, 3, 3, padding=1)
     level = torch.randn(6, 2, dtype=torch.float64) + 3
-    values, size = PatchAdapter().samples(conv, level[:, :, None, None].expand(6, 2, 4, 4))
+    values, size, _ = PatchAdapter().samples(conv, level[:, :, None, None].expand(6, 2, 4, 4))
     line = _occupancy(3, 1, 4)
     assert line.tolist() == [0.75, 1, 0.75]
     occupancy = (line[:, None] * line).flatten()
