@@ -13,11 +13,11 @@ TORCH_PIN := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test test-all lint format demo benchmark-quick benchmark-overhead benchmark-sampling benchmark-layers build \
-	clean
+.PHONY: help venv test test-all lint format demo benchmark-quick benchmark-overhead benchmark-sampling \
+	benchmark-layers benchmark-sequences build clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' Makefile
 
 venv: $(STAMP)
 
@@ -67,6 +67,9 @@ benchmark-sampling: $(STAMP) ## what measuring less costs and saves, about 8 min
 
 benchmark-layers: $(STAMP) ## no bias, zero padding, embeddings: what is best, about an hour (DATA_DIR=path/to/data)
 	$(BIN)/python -m benchmarks.layer_choices --data-dir "$(DATA_DIR)"
+
+benchmark-sequences: $(STAMP) ## a recurrent network at many learning rates, about 25 minutes (DATA_DIR=path/to/data)
+	$(BIN)/python -m benchmarks.sequences --data-dir "$(DATA_DIR)"
 
 build: $(STAMP) ## build sdist and wheel, and try the wheel in a fresh environment
 	rm -rf build dist

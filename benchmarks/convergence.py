@@ -132,13 +132,14 @@ def write_report(results: list[dict[str, Any]], output: Path) -> str:
         "runs": results,
     }
     text = markdown(document)
-    (output / "convergence_quick.json").write_text(_compact(document) + "\n")
+    (output / "convergence_quick.json").write_text(compact(document) + "\n")
     (output / "convergence_quick.md").write_text(text)
-    plot(results, summary, output / "convergence_quick.png")
+    title = "MNIST, MLP 784-100-100-100-10, one pass, constant learning rate"
+    plot(results, summary["cells"], title, output / "convergence_quick.png")
     return text
 
 
-def _compact(document: dict[str, Any]) -> str:
+def compact(document: dict[str, Any]) -> str:
     """Indented JSON with one line per run, so that a change of a run is a change of a line."""
     runs = ",\n".join(f"    {json.dumps(run)}" for run in document["runs"])
     head = json.dumps({**document, "runs": []}, indent=2)

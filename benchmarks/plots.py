@@ -26,26 +26,33 @@ STYLES: dict[str, dict[str, Any]] = {
 TICKS = (0.1, 0.5, 0.8, 0.9, 0.95, 0.97)
 
 
-def plot(results: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], path: Path) -> None:
-    """Write the figure to ``path``."""
-    cells = summary["cells"]
+def plot(
+    results: Sequence[Mapping[str, Any]],
+    cells: Sequence[Mapping[str, Any]],
+    title: str,
+    path: Path,
+    legends: tuple[str, str] = ("lower right", "lower left"),
+) -> None:
+    """Write the figure to ``path``; ``legends`` are where curves leave room, above and below."""
     batch_sizes = sorted({c["batch_size"] for c in cells}, reverse=True)
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(2, len(batch_sizes), figsize=(4.2 * len(batch_sizes), 7.6), sharey="row", squeeze=False)
     for column, batch_size in enumerate(batch_sizes):
-        _curves(axes[0, column], results, cells, batch_size)
+        _curves(axes[0, column], results, cells, batch_size, legends[0])
         _rates(axes[1, column], cells, batch_size)
         axes[0, column].set_title(f"batch size {batch_size}", fontweight="bold")
     axes[0, 0].set_ylabel("test accuracy (2,000 images)")
     axes[1, 0].set_ylabel("test accuracy after the pass")
-    axes[1, -1].legend(loc="lower left", frameon=False, fontsize=9)
-    figure.suptitle("MNIST, MLP 784-100-100-100-10, one pass, constant learning rate", y=0.99)
+    axes[1, -1].legend(loc=legends[1], frameon=False, fontsize=9)
+    figure.suptitle(title, y=0.99)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
-def _curves(axes: Axes, results: Sequence[Mapping[str, Any]], cells: Sequence[Any], batch_size: int) -> None:
+def _curves(
+    axes: Axes, results: Sequence[Mapping[str, Any]], cells: Sequence[Any], batch_size: int, legend: str
+) -> None:
     for method, style in STYLES.items():
         rate = best_cell(cells, method, batch_size)["learning_rate"]
         runs = [r for r in results if (r["method"], r["batch_size"], r["learning_rate"]) == (method, batch_size, rate)]
@@ -58,7 +65,7 @@ def _curves(axes: Axes, results: Sequence[Mapping[str, Any]], cells: Sequence[An
         axes.fill_between(seen, middle - error, middle + error, color=style["color"], alpha=0.25, linewidth=0)
     axes.set_xscale("log")
     axes.set_xlabel("samples seen")
-    axes.legend(loc="lower right", frameon=False, fontsize=9, title="mean ± s.e. of the seeds", title_fontsize=8)
+    axes.legend(loc=legend, frameon=False, fontsize=9, title="mean ± s.e. of the seeds", title_fontsize=8)
     _accuracy_axis(axes)
 
 

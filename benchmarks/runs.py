@@ -55,6 +55,9 @@ class Run:
     def steps(self) -> int:
         return self.samples // self.batch_size
 
+    def make_model(self) -> nn.Module:
+        return make_mlp(self.widths)
+
     @property
     def file_name(self) -> str:
         key = json.dumps(asdict(self), sort_keys=True)
@@ -71,7 +74,7 @@ def package_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-def make_model(widths: Sequence[int]) -> nn.Sequential:
+def make_mlp(widths: Sequence[int]) -> nn.Sequential:
     """An MLP with ReLU and torch's default initialization."""
     layers: list[nn.Module] = []
     for n_in, n_out in pairwise(widths):
@@ -92,7 +95,7 @@ def train(run: Run, split: Split) -> dict[str, Any]:
     steps in geometric progression.
     """
     torch.manual_seed(run.seed)
-    model = make_model(run.widths)
+    model = run.make_model()
     optimizer = make_optimizer(run.method, run.learning_rate, model)
     order = torch.randperm(len(split.train_x), generator=torch.Generator().manual_seed(run.seed))[: run.samples]
     subset_x, subset_y = split.test_x[::5], split.test_y[::5]
