@@ -19,6 +19,7 @@ from benchmarks.timing import Contestant, Plan, interleave, ratio, summary
 
 STEPS_OF_TIME = 28
 SHAPES = ((1, 28, 64), (32, 28, 64), (32, 256, 256))  # batch size, features, units
+DEPTHS = (1, 2, 3)
 PLAN = Plan(seconds=3.0)
 
 
@@ -42,13 +43,13 @@ def stepper(method: str, layers: int, batch_size: int, features: int, units: int
 def table(plan: Plan = PLAN) -> str:
     """Rows of shapes, columns of depths."""
     lines = [
-        "| LSTM, 28 steps | base | 1 layer | 2 layers | 3 layers |",
-        "| --- | --- | --- | --- | --- |",
+        "| LSTM, 28 steps | base | " + " | ".join(f"{n} layer{'s' * (n > 1)}" for n in DEPTHS) + " |",
+        "| --- | --- |" + " --- |" * len(DEPTHS),
     ]
     for shape in SHAPES:
         for base in ("SGD", "AdamW"):
             texts = []
-            for layers in (1, 2, 3):
+            for layers in DEPTHS:
                 plain, ours = (Contestant(m, stepper(m, layers, *shape)) for m in (base, f"BNP-{base}"))
                 interleave([plain, ours], plan)
                 texts.append(f"{ratio(ours, plain)['ratio']:.2f} ({summary(plain)['step_ms']:.2g} ms)")
