@@ -14,6 +14,7 @@ from bnp_optim.curvature.coordinates import (
     coordinates_of,
 )
 from bnp_optim.curvature.lanczos import LanczosResult, lanczos
+from bnp_optim.curvature.layerwise import LayerConditioning, layer_conditioning
 from bnp_optim.curvature.learning_rate import max_learning_rate
 from bnp_optim.curvature.operators import (
     CurvatureOperator,
@@ -35,6 +36,7 @@ __all__ = [
     "GaussNewtonOperator",
     "HessianOperator",
     "LanczosResult",
+    "LayerConditioning",
     "PreconditionedOperator",
     "SpectralDensity",
     "SymmetricOperator",
@@ -43,6 +45,7 @@ __all__ = [
     "coordinates_of",
     "estimate_conditioning",
     "lanczos",
+    "layer_conditioning",
     "max_learning_rate",
     "spectral_density",
 ]

@@ -33,7 +33,7 @@ class Batch:
     num_samples: int | None = None
 
 
-Closures: TypeAlias = "Evaluate | Batch | Iterable[Evaluate | Batch | tuple[Evaluate, int]]"
+Closures: TypeAlias = "Evaluate | Batch | tuple[Evaluate, int] | Iterable[Evaluate | Batch | tuple[Evaluate, int]]"
 
 
 def as_batches(closures: Closures) -> list[Batch]:
@@ -46,7 +46,8 @@ def as_batches(closures: Closures) -> list[Batch]:
         TypeError: if one of them is none of these.
         ValueError: if there are none, if only some come with a number of samples, or if such a number is below 1.
     """
-    many = [closures] if isinstance(closures, Batch) or callable(closures) else list(closures)
+    pair = isinstance(closures, tuple) and len(closures) == 2 and isinstance(closures[1], int)
+    many: list[Any] = [closures] if pair or isinstance(closures, Batch) or callable(closures) else list(closures)
     batches = [_batch(x, i) for i, x in enumerate(many)]
     if not batches:
         raise ValueError(f"closures is {closures!r}, it must hold at least one: each evaluates the loss on a batch")

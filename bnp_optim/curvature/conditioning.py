@@ -45,9 +45,9 @@ def estimate_conditioning(
         print(estimate_conditioning(batches, model.parameters(), preconditioner=optimizer))
 
     It costs at most ``num_probes × num_steps`` products (``num_steps`` without probes), each some 3 gradients per
-    batch, and memory for ``num_steps`` vectors. Parameters, ``.grad`` and the global random numbers are left as they
-    are, and a BNPreconditioner given as ``preconditioner`` does not measure meanwhile. (Estimate the plain H of a
-    wrapped model inside its ``pause_statistics()``.) What the forward pass itself changes (batch normalization's
+    batch, and memory for some ``2 num_steps`` vectors. Parameters, ``.grad`` and the global random numbers are left
+    as they are, and a BNPreconditioner given as ``preconditioner`` does not measure meanwhile. (Estimate the plain H of
+    a wrapped model inside its ``pause_statistics()``.) What the forward pass itself changes (batch normalization's
     buffers, dropout's random numbers) is the caller's.
 
     Args:
@@ -81,12 +81,13 @@ def estimate_conditioning(
     with ExitStack() as stack:
         if isinstance(preconditioner, BNPreconditioner):
             stack.enter_context(preconditioner.pause_statistics())
-        density = None
+        density: SpectralDensity | None = None
+        runs: tuple[LanczosResult, ...]
         if num_probes:
             density = spectral_density(
                 operator, num_probes=num_probes, num_steps=num_steps, seed=seed, progress=progress
             )
-            runs = density.probes
+            runs = (density.explorer, *density.probes)
         else:
             generator = torch.Generator().manual_seed(seed)
             v = rademacher(operator.size, generator, operator.dtype, operator.device)

@@ -159,7 +159,7 @@ def as_coordinates(preconditioner: Preconditioner, params: Sequence[Tensor]) -> 
         return []
     if isinstance(preconditioner, BNPreconditioner):
         return [BNPCoordinates(params, preconditioner)]
-    many: list[Any] = list(preconditioner) if isinstance(preconditioner, Sequence) else [preconditioner]
+    many: list[Any] = list(preconditioner) if isinstance(preconditioner, (list, tuple)) else [preconditioner]
     for x in many:
         if not (hasattr(x, "from_z") and hasattr(x, "to_z")):
             raise TypeError(

@@ -30,20 +30,34 @@ class LanczosResult:
             the Gauss quadrature of the start vector's spectral measure, (k,).
         exhausted: Whether the steps have found an invariant subspace (breakdown, or k = n): the Ritz values are
             eigenvalues then.
-        ritz_vectors: Unit vectors of the smallest and the largest Ritz value in the vectors' dtype, (2, n); None
-            unless asked for.
+        components: The tridiagonal matrix's eigenvectors as columns, (k, k).
+        basis: The Lanczos vectors as rows, (k, n), in their own dtype; None unless asked for.
     """
 
     ritz_values: Tensor
     residuals: Tensor
     weights: Tensor
     exhausted: bool
-    ritz_vectors: Tensor | None = None
+    components: Tensor
+    basis: Tensor | None = None
 
     @property
     def steps(self) -> int:
         """``k``, which is also the number of products."""
         return len(self.ritz_values)
+
+    def ritz_vectors(self, chosen: Tensor) -> Tensor:
+        """Approximate eigenvectors, as orthonormal rows.
+
+        Args:
+            chosen: Which, as a mask or indices into ``ritz_values``.
+
+        Raises:
+            ValueError: if the run did not keep its basis.
+        """
+        if self.basis is None:
+            raise ValueError("the basis was not kept: run lanczos(..., keep_basis=True)")
+        return self.components.T[chosen].to(self.basis.device, self.basis.dtype) @ self.basis
 
     def error(self, i: int) -> float:
         """How far ``ritz_values[i]`` is from an eigenvalue, by estimate.
@@ -73,7 +87,8 @@ def lanczos(
     *,
     num_steps: int,
     tolerance: float | None = None,
-    ritz_vectors: bool = False,
+    orthogonal_to: Tensor | None = None,
+    keep_basis: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> LanczosResult:
     """Run up to ``num_steps`` steps from ``start``.
@@ -84,47 +99,58 @@ def lanczos(
         num_steps: Products at most; no more than n are made.
         tolerance: Stop as soon as the estimated error of the largest Ritz value is below this share of the largest
             absolute one. None: make all steps.
-        ritz_vectors: Compute the vectors of the extreme Ritz values.
+        orthogonal_to: Orthonormal rows (m, n): the run is that of A restricted to what is orthogonal to them.
+        keep_basis: Keep what eigenvectors are made of.
         progress: Called after each product with (done, at most).
 
     Raises:
-        ValueError: if ``num_steps`` is below 1, ``start`` is zero or no vector, or a product is not finite.
+        ValueError: if ``num_steps`` is below 1, ``start`` is zero or no vector (or lies in the span of
+            ``orthogonal_to``), or a product is not finite.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps!r}, it must be at least 1")
+    fixed = start.new_zeros(0, start.numel()) if orthogonal_to is None else orthogonal_to
+    if start.dim() == 1:
+        start = _without(fixed, start)
     if start.dim() != 1 or not float(start.norm()) > 0:
         raise ValueError(f"start has shape {tuple(start.shape)} and norm {float(start.norm())}: give a non-zero vector")
-    most = min(num_steps, len(start))
+    room = len(start) - len(fixed)
+    most = min(num_steps, room)
     basis = torch.empty(most, len(start), dtype=start.dtype, device=start.device)
     basis[0] = start / start.norm()
     diagonal: list[float] = []
     beside: list[float] = []
+    exhausted = False
     for k in range(most):
-        known = basis[: k + 1]
         w = product(basis[k])
         alpha = float(torch.dot(w, basis[k]))
         if not math.isfinite(alpha):
             raise ValueError(f"product {k + 1} of the operator is not finite: training has diverged, or it overflows")
-        scale = float(w.norm())
-        w = w - known.T @ (known @ w)
-        w = w - known.T @ (known @ w)
+        noise = 10 * torch.finfo(start.dtype).eps * max(float(w.norm()), abs(alpha), *map(abs, diagonal), *beside)
+        w = _without(basis[: k + 1], _without(fixed, w))
         beta = float(w.norm())
+        exhausted = k + 1 == room or beta <= noise  # what is left is rounding
         diagonal.append(alpha)
-        # what is left is rounding: the subspace is invariant
-        noise = 10 * torch.finfo(start.dtype).eps * max(scale, *map(abs, diagonal), *beside)
-        exhausted = k + 1 == len(start) or beta <= noise
+        beside.append(0.0 if exhausted else beta)
         if progress is not None:
             progress(k + 1, most)
-        if exhausted or k + 1 == most:
-            beside.append(0.0 if exhausted else beta)
+        if exhausted or k + 1 == most or (tolerance is not None and _has_converged(diagonal, beside, tolerance)):
             break
-        beside.append(beta)
-        if tolerance is not None and k > 0:
-            found = _ritz(diagonal, beside, exhausted=False)
-            if found.error(k) <= tolerance * float(found.ritz_values.abs().max()):
-                break
         basis[k + 1] = w / beta
-    return _ritz(diagonal, beside, exhausted=exhausted, basis=basis if ritz_vectors else None)
+    return _ritz(diagonal, beside, exhausted=exhausted, basis=basis[: len(diagonal)] if keep_basis else None)
+
+
+def _without(rows: Tensor, w: Tensor) -> Tensor:
+    """``w`` without its components along orthonormal rows, by two passes."""
+    if len(rows):
+        w = w - rows.T @ (rows @ w)
+        w = w - rows.T @ (rows @ w)
+    return w
+
+
+def _has_converged(diagonal: list[float], beside: list[float], tolerance: float) -> bool:
+    found = _ritz(diagonal, beside, exhausted=False)
+    return found.steps > 1 and found.error(found.steps - 1) <= tolerance * float(found.ritz_values.abs().max())
 
 
 def _ritz(diagonal: list[float], beside: list[float], *, exhausted: bool, basis: Tensor | None = None) -> LanczosResult:
@@ -134,7 +160,5 @@ def _ritz(diagonal: list[float], beside: list[float], *, exhausted: bool, basis:
     off = torch.tensor(beside[: k - 1], dtype=torch.float64)
     t += torch.diag(off, 1) + torch.diag(off, -1)
     values, vectors = torch.linalg.eigh(t)
-    extremes = None
-    if basis is not None:
-        extremes = vectors[:, [0, -1]].T.to(basis.device, basis.dtype) @ basis[:k]
-    return LanczosResult(values, (beside[k - 1] * vectors[-1]).abs(), vectors[0].square(), exhausted, extremes)
+    residuals = (beside[k - 1] * vectors[-1]).abs()
+    return LanczosResult(values, residuals, vectors[0].square(), exhausted, vectors, basis)

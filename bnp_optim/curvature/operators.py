@@ -10,17 +10,21 @@ Nothing is left behind: ``torch.autograd.grad`` accumulates nowhere, and no grap
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bnp_optim.curvature.batches import Batch, Closures, as_batches, loss_of, outputs_of
+from bnp_optim.curvature.derivatives import (
+    MissingDerivativeError,
+    refuse_once_differentiable,
+    second_derivatives,
+    translated,
+)
 from bnp_optim.curvature.vectors import flatten, trained, unflatten, vector_dtype
 
 __all__ = [
@@ -114,11 +118,11 @@ class CurvatureOperator(ABC):
     def product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """The product with a vector given as tensors shaped like the parameters."""
         self.num_products += 1
-        with _second_derivatives():
+        with second_derivatives():
             if self.method == EXACT:
                 try:
                     return self._average(vectors, self._exact)
-                except _MissingDerivativeError as error:
+                except MissingDerivativeError as error:
                     self.method = f"finite differences: {error}"
             return self._differences(vectors)
 
@@ -135,7 +139,12 @@ class CurvatureOperator(ABC):
 
     @abstractmethod
     def _exact(self, batch: Batch, vectors: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """One batch's product by automatic differentiation; raises ``_MissingDerivativeError`` if there is none."""
+        """One batch's product by automatic differentiation; raises ``MissingDerivativeError`` if there is none."""
+
+    def _inspect(self, result: Tensor) -> None:
+        """Look through each batch's graph once, at the first product."""
+        if self.num_products == 1:
+            refuse_once_differentiable(result)
 
     @abstractmethod
     def _differences(self, vectors: Sequence[Tensor]) -> list[Tensor]:
@@ -169,7 +178,8 @@ class HessianOperator(CurvatureOperator):
 
     def _exact(self, batch: Batch, vectors: Sequence[Tensor]) -> Sequence[Tensor | None]:
         loss = loss_of(batch)
-        with _translated():
+        self._inspect(loss)
+        with translated():
             grads = torch.autograd.grad(loss, self.params, create_graph=True, allow_unused=True)
             curved = [(g, v) for g, v in zip(grads, vectors, strict=True) if g is not None and g.requires_grad]
             if not curved:
@@ -199,7 +209,8 @@ class GaussNewtonOperator(CurvatureOperator):
 
     def _exact(self, batch: Batch, vectors: Sequence[Tensor]) -> Sequence[Tensor | None]:
         outputs, loss = outputs_of(batch)
-        with _translated():
+        self._inspect(outputs)
+        with translated():
             # Jᵀu is linear in u, so its derivative along v is J v, whatever u is
             u = torch.zeros_like(outputs, requires_grad=True)
             pulled = torch.autograd.grad(outputs, self.params, u, create_graph=True, allow_unused=True)
@@ -249,43 +260,13 @@ class _BatchProduct(Protocol):
     def __call__(self, batch: Batch, vectors: Sequence[Tensor], /) -> Sequence[Tensor | None]: ...
 
 
-class _MissingDerivativeError(Exception):
-    """Automatic differentiation has no second derivative here."""
-
-
 def _loss_curvature(loss: object, outputs: Tensor, vector: Tensor) -> Tensor | None:
     """``H_L vector``, H_L the loss's Hessian in the outputs; None where the loss is linear in them."""
     leaf = outputs.detach().requires_grad_()
     value = loss_of(Batch(lambda: (leaf, loss)))
-    with _translated():
+    with translated():
         (slope,) = torch.autograd.grad(value, leaf, create_graph=True)
         if not slope.requires_grad:
             return None
         (curved,) = torch.autograd.grad(slope, leaf, vector, allow_unused=True)
     return None if curved is None else curved.detach()
-
-
-@contextmanager
-def _translated() -> Iterator[None]:
-    """Tell a missing derivative from other errors: the forward pass is over, so only memory is left to fail."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, NotImplementedError) as error:
-        raise _MissingDerivativeError(str(error).strip().split("\n")[0]) from error
-
-
-@contextmanager
-def _second_derivatives() -> Iterator[None]:
-    """Gradients enabled, and kernels that have a double backward where torch lets us choose.
-
-    Fused attention and compiled modules have none; the plain ones compute the same.
-    """
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if "torch._dynamo" in sys.modules:  # otherwise nothing was compiled, and the import takes seconds
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        yield
