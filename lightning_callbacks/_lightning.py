@@ -45,9 +45,9 @@ def _both(packages: list[ModuleType], module: str, name: str) -> Any:
 
 
 if TYPE_CHECKING:
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
+    from lightning_utilities.core.rank_zero import rank_zero_info
     from pytorch_lightning import Callback, LightningModule, Trainer
-    from pytorch_lightning.utilities.exceptions import MisconfigurationException
-    from pytorch_lightning.utilities.rank_zero import rank_zero_info
 else:
     _PACKAGES = installed()
     Callback = _both(_PACKAGES, "callbacks", "Callback")

@@ -246,8 +246,6 @@ def _copy(batch: Any) -> Any:
 
 def _takes_index(training_step: Any) -> bool:
     """Whether it takes a batch index beside the batch, whatever that is called."""
-    import inspect
-
     parameters = inspect.signature(training_step).parameters
     positional = [p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return len(positional) >= 2 or "batch_idx" in parameters or any(p.kind is p.VAR_POSITIONAL for p in positional)

@@ -54,9 +54,7 @@ class Estimator:
             self.closures, params, preconditioner=[*coordinates, mean], matrix=matrix, **options
         )
         described = ", ".join(c.description for c in coordinates)
-        return replace(
-            report, num_samples=mean.num_samples, preconditioned=bool(coordinates), coordinates=described
-        )
+        return replace(report, num_samples=mean.num_samples, preconditioned=bool(coordinates), coordinates=described)
 
     def _evaluate(self) -> None:
         """Once, without products: an error of one rank must reach all before they wait for each other."""

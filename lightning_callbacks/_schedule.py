@@ -80,8 +80,8 @@ class Monitor(Callback):
         super().__init__()
         if (every_n_train_steps is None) == (every_n_epochs is None):
             raise MisconfigurationException(
-                f"every_n_train_steps is {every_n_train_steps!r} and every_n_epochs is {every_n_epochs!r}: give exactly "
-                "one of them"
+                f"every_n_train_steps is {every_n_train_steps!r} and every_n_epochs is {every_n_epochs!r}: give "
+                "exactly one of them"
             )
         if every_n_train_steps is not None:
             checked_count("every_n_train_steps", every_n_train_steps)
@@ -219,7 +219,8 @@ class Monitor(Callback):
             return
         for logger in trainer.loggers:
             logger.log_metrics(dict(values), step=step)
-        takers = [x.experiment for x in trainer.loggers if callable(getattr(_experiment(x), "add_figure", None))]
+        experiments = [getattr(logger, "experiment", None) for logger in trainer.loggers]
+        takers: list[Any] = [x for x in experiments if callable(getattr(x, "add_figure", None))]
         for key, draw in findings.figures.items() if takers and _has_matplotlib() else ():
             for experiment in takers:
                 experiment.add_figure(f"{self.log_key_prefix}{key}", draw(), global_step=step)
@@ -246,10 +247,6 @@ def checked_count(name: str, value: object, least: int = 1) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise MisconfigurationException(f"{name} is {value!r}, it must be a whole number of at least {least}")
-
-
-def _experiment(logger: Any) -> Any:
-    return getattr(logger, "experiment", None)
 
 
 def _has_matplotlib() -> bool:

@@ -25,7 +25,7 @@ class RandomState:
     def __init__(self) -> None:
         self._python = random.getstate()
         self._torch = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+        self._cuda = torch.cuda.get_rng_state_all() if _cuda_in_use() else []
         numpy = sys.modules.get("numpy")  # not imported: nobody has drawn from it
         self._numpy = None if numpy is None else numpy.random.get_state()
 
@@ -126,8 +126,12 @@ class ModuleState:
         return lambda: value
 
 
+def _cuda_in_use() -> bool:
+    return bool(torch.cuda.is_available() and torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
 def _tensor(value: Tensor) -> Restore:
-    if isinstance(value, nn.parameter.UninitializedTensorMixin):
+    if torch.nn.parameter.is_lazy(value):
         return lambda: value
     saved = value.detach().clone()
 

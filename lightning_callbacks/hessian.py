@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from bnp_optim import BNPreconditioner
 from bnp_optim.curvature import BNPCoordinates, ConditioningReport
@@ -38,11 +40,11 @@ class HessianConditionMonitor(Monitor):
     **Logged metrics**, each under ``hessian/`` and, for PᵀHP, under ``preconditioned_hessian/`` (as fields of
     :class:`bnp_optim.curvature.ConditioningReport`, where they are defined):
 
-    - ``kappa_mean``, ``kappa_mean_error``: λ_max over the mean \\|λ\\|, the headline, and its standard error
-    - ``kappa_q90``, ``kappa_q75``: over quantiles of \\|λ\\|
-    - ``kappa_lower_bound``: over the smallest converged \\|λ\\|: the condition number is at least that
+    - ``kappa_mean``, ``kappa_mean_error``: λ_max over the mean |λ|, the headline, and its standard error
+    - ``kappa_q90``, ``kappa_q75``: over quantiles of |λ|
+    - ``kappa_lower_bound``: over the smallest converged |λ|: the condition number is at least that
     - ``lambda_max``, ``lambda_min``, ``ritz_residual``: the extreme eigenvalues
-    - ``negative_ratio``: \\|λ_min\\|/λ_max where λ_min is negative
+    - ``negative_ratio``: |λ_min|/λ_max where λ_min is negative
     - ``max_learning_rate``: 2/λ_max
     - ``num_samples``, ``seconds``: a minibatch's λ_max is biased upward, so look at the first
 
@@ -91,32 +93,33 @@ class HessianConditionMonitor(Monitor):
     def estimate(self, probe: Probe, batches: list[IndexedBatch], progress: Progress) -> Findings:
         """See :class:`Monitor`."""
         findings = Findings()
-        jobs: list[tuple[str, int, bool]] = []
-        for index, (name, optimizer) in enumerate(probe.optimizers.items()):
-            suffix = f"/{name}" if len(probe.optimizers) > 1 else ""
-            jobs += [(suffix, index, p) for p in ((False, True) if isinstance(optimizer, BNPreconditioner) else (False,))]
-        for job, (suffix, index, preconditioned) in enumerate(jobs):
+        several = len(probe.optimizers) > 1
+        jobs = [(i, p) for i, x in enumerate(probe.optimizers.values()) for p in _sides(x)]
+        self.reports = {}
+        for number, (index, preconditioned) in enumerate(jobs):
             probe.optimizer_index = index
-            optimizer = list(probe.optimizers.values())[index]
+            name, optimizer = list(probe.optimizers.items())[index]
             params = parameters_of(optimizer)
-            estimator = Estimator(probe, batches, self.loss)
-            report = estimator.conditioning(
+            report = Estimator(probe, batches, self.loss).conditioning(
                 params,
-                [BNPCoordinates(params, optimizer)] if preconditioned else [],  # type: ignore[arg-type]
+                [BNPCoordinates(params, optimizer)]
+                if isinstance(optimizer, BNPreconditioner) and preconditioned
+                else [],
                 matrix="hessian",
                 num_steps=self.num_steps,
                 num_probes=self.num_probes,
                 seed=self.seed,
-                progress=lambda done, total, job=job: progress(job * total + done, len(jobs) * total),  # type: ignore[misc]
+                progress=_part(progress, number, len(jobs)),
             )
-            key = "preconditioned_hessian" if preconditioned else "hessian"
             self._say(report)
+            key = "preconditioned_hessian" if preconditioned else "hessian"
+            suffix = f"/{name}" if several else ""
             self.reports[f"{key}{suffix}"] = report
             numbers = report.to_dict()
-            findings.values |= {f"{key}/{name}{suffix}": numbers[name] for name in METRICS}
+            findings.values |= {f"{key}/{metric}{suffix}": numbers[metric] for metric in METRICS}
             if report.density is not None:
-                group = [r for k, r in self.reports.items() if k in (f"hessian{suffix}", f"preconditioned_hessian{suffix}")]
-                findings.figures[f"spectrum{suffix}"] = lambda group=group: _figure(group)  # type: ignore[misc]
+                group = [r for k, r in self.reports.items() if k.endswith(f"hessian{suffix}")]
+                findings.figures[f"spectrum{suffix}"] = partial(_figure, group)
         return findings
 
     def _say(self, report: ConditioningReport) -> None:
@@ -124,6 +127,15 @@ class HessianConditionMonitor(Monitor):
         if report.method.startswith("finite") and report.method not in self._said:
             self._said.add(report.method)
             rank_zero_info(f"{type(self).__name__}: {report.method}")
+
+
+def _sides(optimizer: Optimizer) -> tuple[bool, ...]:
+    """H, and with BNP also PᵀHP."""
+    return (False, True) if isinstance(optimizer, BNPreconditioner) else (False,)
+
+
+def _part(progress: Progress, number: int, parts: int) -> Progress:
+    return lambda done, total: progress(number * total + done, parts * total)
 
 
 def _figure(reports: Sequence[ConditioningReport]) -> Any:

@@ -78,7 +78,7 @@ class MaxLearningRateMonitor(Monitor):
         """See :class:`Monitor`."""
         splits = type(self).outputs_and_loss is not MaxLearningRateMonitor.outputs_and_loss
         if not splits:
-            self._say("outputs_and_loss is not overridden: λ_max is that of the Hessian, not of the Gauss-Newton matrix")
+            self._say("outputs_and_loss is not overridden, so λ_max is the Hessian's, not the Gauss-Newton matrix's")
         estimator = Estimator(
             probe,
             batches,
