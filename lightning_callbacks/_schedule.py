@@ -94,7 +94,7 @@ class Monitor(Callback):
         self.every_n_epochs = every_n_epochs
         self.num_batches = num_batches
         self.dataloader = dataloader
-        self.log = log
+        self.to_loggers = log  # NOTE: Lightning itself sets an attribute `log` on every callback
         self.log_key_prefix = log_key_prefix
         self.show_progress = show_progress
         self.history: list[tuple[int, dict[str, float]]] = []
@@ -137,7 +137,7 @@ class Monitor(Callback):
         """Check that there is a logger, and start counting where the trainer stands."""
         if stage != "fit":
             return
-        if self.log and not trainer.loggers:
+        if self.to_loggers and not trainer.loggers:
             raise MisconfigurationException(
                 f"{type(self).__name__} has no logger to log to: give the Trainer one, or the callback log=False"
             )
@@ -215,7 +215,7 @@ class Monitor(Callback):
         values = {f"{self.log_key_prefix}{key}": x for key, x in known.items()}
         device = trainer.strategy.root_device
         trainer.callback_metrics.update({key: torch.tensor(x, device=device) for key, x in values.items()})
-        if not self.log or not trainer.is_global_zero:
+        if not self.to_loggers or not trainer.is_global_zero:
             return
         for logger in trainer.loggers:
             logger.log_metrics(dict(values), step=step)

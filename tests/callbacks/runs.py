@@ -183,3 +183,35 @@ def left_behind(run: Any, module: Any) -> dict[str, Any]:
         "attributes": [getattr(module, name, None) for name in ("losses", "calls", "draws", "seen")],
         "steps": run.global_step,
     }
+
+
+def hessian_in_a_script() -> str:
+    """Source of ``train(LightningModule, Trainer)``, which returns what a monitor has logged."""
+    return """
+def train(LightningModule, Trainer):
+    import torch
+    from bnp_optim import BNPreconditioner
+    from lightning_callbacks import HessianConditionMonitor
+
+    torch.set_num_threads(1)
+
+    class Module(LightningModule):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = torch.nn.Linear(3, 2)
+
+        def training_step(self, batch, index):
+            return self.net(batch).square().mean()
+
+        def configure_optimizers(self):
+            return BNPreconditioner(torch.optim.SGD(self.parameters(), lr=0.1), self)
+
+    monitor = HessianConditionMonitor(every_n_train_steps=2, num_steps=3, num_probes=0, log=False)
+    torch.manual_seed(1)
+    loader = torch.utils.data.DataLoader(torch.randn(16, 3), batch_size=4)
+    found = monitor.history
+    options = dict(enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
+    Trainer(accelerator="cpu", max_epochs=1, logger=False, callbacks=monitor, **options).fit(Module(), loader)
+    return [(step, row["hessian/lambda_max"], row["preconditioned_hessian/lambda_max"]) for step, row in found]
+"""
