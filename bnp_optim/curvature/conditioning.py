@@ -112,7 +112,7 @@ def estimate_conditioning(
         lambda_max=lambda_max,
         lambda_min=lambda_min,
         ritz_residual=float(top.residuals[-1]),
-        lambda_max_converged=top.error(top.steps - 1) <= tolerance * largest,
+        lambda_max_converged=top.has_converged(tolerance),
         lambda_min_residual=float(bottom.residuals[0]),
         lambda_min_converged=float(bottom.residuals[0]) <= tolerance * abs(lambda_min),
         kappa_lower_bound=_lower_bound(runs, largest, tolerance, torch.finfo(operator.dtype).eps),
