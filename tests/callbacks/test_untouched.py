@@ -199,3 +199,26 @@ def test_modes_and_frozen_parameters_are_put_back(tmp_path: Path) -> None:
     assert_untouched(tmp_path, make, [Evaluating(num_steps=3, num_probes=1, every_n_train_steps=2)])
     assert all(m.training for m in modules[-1].modules())
     assert not hasattr(modules[-1], "extra")
+
+
+def test_every_evaluation_of_an_estimate_is_the_same(tmp_path: Path) -> None:
+    """Of dropout, power iterations and a batch that the step changes: a symmetric matrix needs one and the same loss.
+
+    And it is that of training: in its precision, while BNP measures nothing.
+    """
+    from lightning_callbacks import HessianConditionMonitor
+
+    losses: list[float] = []
+
+    class Watching(HessianConditionMonitor):
+        def loss(self, pl_module: Any, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().loss(pl_module, batch, batch_idx)
+            losses.append(float(loss.detach()))
+            assert pl_module(batch[0]).dtype == torch.bfloat16
+            assert pl_module.trainer.optimizers[0]._tracker.gate.paused > 0
+            return loss
+
+    monitor = Watching(num_steps=5, num_probes=1, every_n_train_steps=16)
+    fit(tmp_path, Busy("BNP-SGD"), [monitor], precision="bf16-mixed")
+    assert [step for step, _ in monitor.history] == [16]
+    assert len(losses) == 10 and len(set(losses)) == 1
