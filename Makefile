@@ -13,7 +13,8 @@ TORCH_PIN := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test test-all lint format demo benchmark-quick benchmark-overhead benchmark-sampling build clean
+.PHONY: help venv test test-all lint format demo benchmark-quick benchmark-overhead benchmark-sampling \
+	benchmark-curvature build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -63,6 +64,10 @@ benchmark-overhead: $(STAMP) ## measure what a training step costs, about 1.5 ho
 
 benchmark-sampling: $(STAMP) ## what measuring less costs and saves, about 8 minutes (DATA_DIR=path/to/data)
 	$(BIN)/python -m benchmarks.sampling --data-dir "$(DATA_DIR)"
+
+benchmark-curvature: $(STAMP) ## what an estimate of curvature costs, beside others, and the figure of docs/curvature.md
+	$(BIN)/python -m benchmarks.curvature
+	$(BIN)/python -m benchmarks.curvature --figure
 
 build: $(STAMP) ## build sdist and wheel, and try the wheel in a fresh environment
 	rm -rf build dist

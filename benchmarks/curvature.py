@@ -276,19 +276,18 @@ def plot(results: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     colors = ["#0072B2", "#D55E00", "#E69F00", "#009E73"]
-    figure, axes = plt.subplots(1, len(results), figsize=(4 * len(results), 4), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(results), figsize=(4 * len(results), 4), sharex=True, sharey=True, squeeze=False)
     for ax, (row, result) in zip(axes[0], results.items(), strict=True):
         for (name, r), color in zip(list(result["methods"].items())[: len(colors)], colors, strict=True):
             if "missing" not in r:
                 ax.plot(r["training_steps"], max(r["relative_error"], 1e-9), "o", color=color, label=name, markersize=9)
         ax.axhline(ACCURACY, color="0.5", linestyle=":", linewidth=1)
-        ax.set_xscale("log")
         ax.set_yscale("log")
         ax.set_title(row.replace(": ", "\n"), fontsize=10)
         ax.set_xlabel("cost, training steps")
-        ax.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
     axes[0][0].set_ylabel("relative error of λ_max")
-    axes[0][0].legend(fontsize=8)
+    axes[0][0].set_xlim(left=0)
+    axes[0][-1].legend(fontsize=8, loc="upper right")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -53,6 +54,7 @@ class BNPCoordinates:
     """
 
     def __init__(self, params: Iterable[Tensor], preconditioner: BNPreconditioner) -> None:
+        self.preconditioner = preconditioner
         self._params = trained(params)
         index = {id(p): i for i, p in enumerate(self._params)}
         owned = {id(p) for group in preconditioner.param_groups for p in group["params"]}
@@ -202,6 +204,8 @@ def coordinates_of(optimizer: Optimizer, params: Iterable[Tensor]) -> list[Coord
 class PreconditionedOperator:
     """``v ↦ Sᵀ H S v``: the curvature in the coordinates ``w = S z``.
 
+    A BNPreconditioner among them does not measure during a product.
+
     Args:
         operator: H, or another matrix.
         preconditioner: A BNPreconditioner, coordinates, or several of them in the order ``w = S₁ S₂ … z``.
@@ -231,7 +235,11 @@ class PreconditionedOperator:
         tensors = unflatten(vector.detach(), self.operator.params)
         for s in reversed(self.coordinates):
             tensors = s.from_z(tensors)
-        tensors = self.operator.product(tensors)
+        with ExitStack() as stack:
+            for s in self.coordinates:
+                if isinstance(s, BNPCoordinates):
+                    stack.enter_context(s.preconditioner.pause_statistics())
+            tensors = self.operator.product(tensors)
         for s in self.coordinates:
             tensors = s.to_z(tensors)
         return flatten(tensors, vector)

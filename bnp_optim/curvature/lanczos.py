@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ class LanczosResult:
             the Gauss quadrature of the start vector's spectral measure, (k,).
         exhausted: Whether the steps have found an invariant subspace (breakdown, or k = n): the Ritz values are
             eigenvalues then.
+        asymmetry: How much a product ``u·Av`` differed from ``v·Au`` at most, relative to the largest seen. Rounding,
+            unless the products are not those of one symmetric matrix.
         components: The tridiagonal matrix's eigenvectors as columns, (k, k).
         basis: The Lanczos vectors as rows, (k, n), in their own dtype; None unless asked for.
     """
@@ -39,6 +41,7 @@ class LanczosResult:
     residuals: Tensor
     weights: Tensor
     exhausted: bool
+    asymmetry: float
     components: Tensor
     basis: Tensor | None = None
 
@@ -128,12 +131,16 @@ def lanczos(
     diagonal: list[float] = []
     beside: list[float] = []
     exhausted = False
+    gap, before = 0.0, basis.last
     for k in range(most):
         v = basis.last
         w = product(v)
         alpha = float(torch.dot(w, v))
         if not math.isfinite(alpha):
             raise ValueError(f"product {k + 1} of the operator is not finite: training has diverged, or it overflows")
+        if k:
+            gap = max(gap, abs(float(torch.dot(w, before)) - beside[-1]))
+        before = v
         noise = 10 * torch.finfo(start.dtype).eps * max(float(w.norm()), abs(alpha), *map(abs, diagonal), *beside)
         w = basis.without(_without(fixed, w))
         beta = float(w.norm())
@@ -147,7 +154,8 @@ def lanczos(
         if tolerance is not None and k > 0 and _ritz(diagonal, beside, exhausted=False).has_converged(tolerance):
             break
         basis.append(w / beta)
-    return _ritz(diagonal, beside, exhausted=exhausted, basis=basis.rows() if keep_basis else None)
+    found = _ritz(diagonal, beside, exhausted=exhausted, basis=basis.rows() if keep_basis else None)
+    return replace(found, asymmetry=gap / max(*map(abs, diagonal), *beside, 1e-300))
 
 
 class _Basis:
@@ -198,4 +206,4 @@ def _ritz(diagonal: list[float], beside: list[float], *, exhausted: bool, basis:
     t += torch.diag(off, 1) + torch.diag(off, -1)
     values, vectors = torch.linalg.eigh(t)
     residuals = (beside[k - 1] * vectors[-1]).abs()
-    return LanczosResult(values, residuals, vectors[0].square(), exhausted, vectors, basis)
+    return LanczosResult(values, residuals, vectors[0].square(), exhausted, 0.0, vectors, basis)

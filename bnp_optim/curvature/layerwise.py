@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from bnp_optim.curvature.batches import Closures, as_batches, loss_of
+from bnp_optim.curvature.derivatives import second_derivatives
 from bnp_optim.curvature.moments import SecondMoment
 from bnp_optim.curvature.vectors import trained
 from bnp_optim.discovery import Layer, Use, find_layers
@@ -120,8 +121,7 @@ def layer_conditioning(
     with ExitStack() as stack:
         if preconditioner is not None:
             stack.enter_context(preconditioner.pause_statistics())
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
+        stack.enter_context(second_derivatives())  # not for those, but compiled modules would not call hooks
         stack.enter_context(_hooked(watched))
         for batch in batches:
             for x in watched:

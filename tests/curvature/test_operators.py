@@ -180,6 +180,19 @@ def test_fused_attention_takes_its_plain_kernel() -> None:
     assert operator.method == "double backward"
 
 
+def test_compiled_modules_run_as_written() -> None:
+    x, y = data()
+    model = net(WIDTHS)
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        compiled(x)
+    operator = HessianOperator(evaluate(compiled, x, y), model.parameters())
+    v = torch.ones(39, dtype=torch.float64)
+    torch.testing.assert_close(operator(v), HessianOperator(evaluate(model, x, y), model.parameters())(v))
+    assert operator.method == "double backward"
+    assert list(layer_conditioning(model, evaluate(compiled, x, y))) == ["0", "2"]
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_nothing_is_left_behind(wrapped: bool) -> None:
     x, y = data()
@@ -227,6 +240,21 @@ def test_float32_agrees_with_float64() -> None:
     half = net(WIDTHS).bfloat16()
     rough = estimate_conditioning(evaluate(half, x.bfloat16(), y), half.parameters(), num_probes=0)
     assert rough.lambda_max == pytest.approx(truth.lambda_max, rel=0.1)  # 8 bits
+
+
+def test_random_forward_passes_are_noticed() -> None:
+    x, y = data()
+    model = net(WIDTHS)
+    dropout = nn.Dropout(0.1)
+    report = estimate_conditioning(lambda: F.cross_entropy(model[2](dropout(model[0](x))), y), model.parameters())
+    assert "does the forward pass draw random numbers (dropout)" in str(report)
+    dropout.eval()
+    for dtype in (torch.float64, torch.bfloat16):
+        model.to(dtype)
+        report = estimate_conditioning(
+            lambda d=dtype: F.cross_entropy(model[2](dropout(model[0](x.to(d)))), y), model.parameters()
+        )
+        assert "products disagree" not in str(report)
 
 
 def test_inference_mode_is_left_for_the_products() -> None:
