@@ -222,3 +222,50 @@ def test_every_evaluation_of_an_estimate_is_the_same(tmp_path: Path) -> None:
     fit(tmp_path, Busy("BNP-SGD"), [monitor], precision="bf16-mixed")
     assert [step for step, _ in monitor.history] == [16]
     assert len(losses) == 10 and len(set(losses)) == 1
+
+
+class Accumulating(Plain):
+    """Steps itself, at every third batch: an epoch's eight batches end with gradients that wait."""
+
+    def __init__(self) -> None:
+        super().__init__("BNP-AdamW")
+        self.automatic_optimization = False
+        self.waiting: list[bool] = []
+
+    def training_step(self, batch: Any, index: int) -> Any:
+        self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]) / 3)
+        if index % 3 == 2:
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.waiting.append(self.net[0].weight.grad is not None)
+
+
+def test_gradients_that_wait_for_a_step(tmp_path: Path) -> None:
+    """Theirs and BNP's samples; the default loss has none there, and says so."""
+    from lightning_callbacks import HessianConditionMonitor
+
+    class Own(HessianConditionMonitor):
+        def loss(self, pl_module: Any, batch: Any, batch_idx: int) -> Tensor:
+            return nn.functional.cross_entropy(pl_module(batch[0]), batch[1])
+
+    modules = []
+
+    def make() -> Accumulating:
+        modules.append(Accumulating())
+        return modules[-1]
+
+    own = Own(every_n_epochs=1, num_steps=3, num_probes=1)
+    assert_untouched(tmp_path, make, [own])
+    assert [step for step, _ in own.history] == [2, 4]  # of the last, waiting batch, all the same
+    assert modules[-1].waiting[7]
+    with pytest.warns(UserWarning, match="optimizer 0 made no step in training_step on a loss"):
+        fit(tmp_path, make(), [HessianConditionMonitor(every_n_epochs=1)])
+
+
+def test_a_module_compiled_as_a_whole(tmp_path: Path) -> None:
+    torch.compiler.reset()
+    hessian = monitors()[0]
+    assert_untouched(tmp_path, lambda: torch.compile(Plain("SGD"), backend="aot_eager"), [hessian], max_epochs=1)
+    assert hessian.reports["hessian"].method == "double backward"
