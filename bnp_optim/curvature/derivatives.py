@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import CheckpointFunction
 
-__all__ = ["MissingDerivativeError", "refuse_once_differentiable", "second_derivatives", "translated"]
+__all__ = ["MissingDerivativeError", "inspect_graph", "second_derivatives", "translated"]
 
 # What @once_differentiable puts in place of a backward
 _WRAPPER = next((c for c in once_differentiable.__code__.co_consts if isinstance(c, CodeType)), None)
@@ -49,23 +50,32 @@ def second_derivatives() -> Iterator[None]:
         yield
 
 
-def refuse_once_differentiable(result: Tensor) -> None:
-    """Look for functions marked @once_differentiable behind ``result``.
+def inspect_graph(result: Tensor) -> None:
+    """Look behind ``result`` for what ``torch.autograd.grad`` of chosen inputs passes over in silence.
 
-    NOTE: torch raises for them in ``.backward()`` alone. ``torch.autograd.grad`` of chosen inputs leaves their second
-    derivative out, silently.
+    NOTE: torch raises for functions marked @once_differentiable, and for reentrant checkpoints, in ``.backward()``
+    alone; otherwise their part of the derivative is just missing.
 
     Raises:
-        MissingDerivativeError: if there is one.
+        MissingDerivativeError: if there is a function marked @once_differentiable.
+        ValueError: if there is a reentrant checkpoint, whose gradients cannot be had at all.
     """
     waiting: list[Any] = [result.grad_fn]
     seen: set[Any] = set()
+    once = None
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         function = getattr(type(node), "_forward_cls", None)
+        if function is CheckpointFunction:
+            raise ValueError(
+                "loss goes through torch.utils.checkpoint with use_reentrant=True, whose gradients can only be "
+                "accumulated: use checkpoint(..., use_reentrant=False)"
+            )
         if function is not None and getattr(function.backward, "__code__", None) is _WRAPPER:
-            raise MissingDerivativeError(f"the backward of {function.__name__} is marked @once_differentiable")
+            once = function.__name__
         waiting.extend(following for following, _ in node.next_functions)
+    if once is not None:
+        raise MissingDerivativeError(f"the backward of {once} is marked @once_differentiable")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from bnp_optim.curvature.batches import Batch, Closures, as_batches, loss_of, outputs_of
 from bnp_optim.curvature.derivatives import (
     MissingDerivativeError,
-    refuse_once_differentiable,
+    inspect_graph,
     second_derivatives,
     translated,
 )
@@ -144,7 +144,7 @@ class CurvatureOperator(ABC):
     def _inspect(self, result: Tensor) -> None:
         """Look through each batch's graph once, at the first product."""
         if self.num_products == 1:
-            refuse_once_differentiable(result)
+            inspect_graph(result)
 
     @abstractmethod
     def _differences(self, vectors: Sequence[Tensor]) -> list[Tensor]:

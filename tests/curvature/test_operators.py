@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from bnp_optim import BNPreconditioner
 from bnp_optim.curvature import (
@@ -137,6 +138,23 @@ def test_finite_differences_where_double_backward_is_missing(kind: Any) -> None:
     assert report.method.startswith("finite differences: ")
     assert "finite differences" in str(report)
     assert same(weights(model), before)
+
+
+def test_checkpoints() -> None:
+    x, y = data()
+    x.requires_grad_()
+    model = net(WIDTHS)
+    v = torch.ones(39, dtype=torch.float64)
+    truth = HessianOperator(evaluate(model, x, y), model.parameters())(v)
+
+    def saved(reentrant: bool) -> Tensor:
+        hidden: Any = checkpoint(model[:2], x, use_reentrant=reentrant)
+        return F.cross_entropy(model[2](hidden), y)
+
+    torch.testing.assert_close(HessianOperator(lambda: saved(False), model.parameters())(v), truth)
+    # torch itself would leave the first layer's part out, and say nothing
+    with pytest.raises(ValueError, match=r"use checkpoint\(..., use_reentrant=False\)"):
+        HessianOperator(lambda: saved(True), model.parameters())(v)
 
 
 def test_parameters_come_back_when_a_closure_fails() -> None:
