@@ -239,6 +239,26 @@ def test_a_skipped_batch(tmp_path: Path) -> None:
     assert monitor.history
 
 
+def test_reentrant_checkpoints(tmp_path: Path) -> None:
+    class Checkpointed(Plain):
+        def training_step(self, batch: Any, index: int) -> Any:
+            x = batch[0].requires_grad_()
+            out = torch.utils.checkpoint.checkpoint(self.net, x, use_reentrant=True)
+            return nn.functional.cross_entropy(out, batch[1])
+
+    plain, module = Checkpointed("BNP-SGD"), Checkpointed("BNP-SGD")
+    expected = left_behind(fit(tmp_path, plain), plain)
+    hessian, _, layers = monitors()
+    with pytest.warns(UserWarning, match="could not estimate") as found:
+        after = left_behind(fit(tmp_path, module, [hessian, layers]), module)
+    assert same(after, expected)
+    (text,) = (str(w.message) for w in found if "could not estimate" in str(w.message))
+    assert text.startswith("HessianConditionMonitor") and "use_reentrant=False" in text
+    # inputs are seen all the same, gradients not
+    assert "layers/net.0/kappa_preconditioned" in layers.history[-1][1]
+    assert not any("gradient" in key for key in layers.history[-1][1])
+
+
 # ---- progress bars -------------------------------------------------------------------------------
 
 
