@@ -1,4 +1,4 @@
-"""Train everything, print the table, write ``digits.json`` and ``digits.png`` beside this file."""
+"""Train everything, print the tables, write ``digits`` and ``curvature`` (.json and .png) beside this file."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ try:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.table import Table
 
+    from demo import curvature
     from demo.models import TRAIN_SAMPLES, digits
     from demo.plots import plot
     from demo.training import EPOCHS, LEARNING_RATE, MODELS, SEED, Outcome, runs, silence_lightning, train
@@ -29,11 +30,12 @@ except ModuleNotFoundError as error:
 HERE = Path(__file__).parent
 
 
-def train_all(console: Console) -> list[Outcome]:
-    """All runs, under one progress bar that advances by optimizer steps."""
+def train_all(console: Console) -> tuple[list[Outcome], str]:
+    """All runs and a sentence on the curvature, under one progress bar that advances by optimizer steps."""
     data = digits()
     todo = runs()
     total = sum(EPOCHS[batch_size] * TRAIN_SAMPLES // batch_size for _, _, batch_size in todo)
+    total += curvature.steps_of_watch()
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     outcomes = []
     with Progress(*columns, console=console) as progress:
@@ -42,7 +44,9 @@ def train_all(console: Console) -> list[Outcome]:
             name = f"{i}/{len(todo)} {model}, batch size {batch_size}, {method}"
             progress.update(task, description=f"{name:<42}")
             outcomes.append(train(data, model, method, batch_size, on_steps=lambda n: progress.advance(task, n)))
-    return outcomes
+        progress.update(task, description=f"{'curvature of the MLP under BNP-SGD':<42}")
+        sentence = curvature.run(data, HERE, on_step=lambda n: progress.advance(task, n))
+    return outcomes, sentence
 
 
 def table(model: str, outcomes: Sequence[Outcome]) -> Table:
@@ -84,15 +88,18 @@ def main() -> None:
     silence_lightning()
     console = Console()
     start = time.perf_counter()
-    outcomes = train_all(console)
+    outcomes, sentence = train_all(console)
     seconds = time.perf_counter() - start
     for model in MODELS:
         console.print(table(model, outcomes))
     tested = len(digits().test_y)
     console.print(f"One seed, {tested} test images: a gap below two points means little. {seconds:.0f} seconds.")
+    console.print(sentence)
     write_json(outcomes, seconds, HERE / "digits.json")
     plot(outcomes, HERE / "digits.png")
-    console.print("The curves are in demo/digits.png, the numbers in demo/digits.json.")
+    console.print(
+        "The curves are in demo/digits.png and demo/curvature.png, the numbers in the .json files beside them."
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,31 @@
-"""Lightning callbacks for normalization as preconditioning.
+"""Lightning callbacks that watch the curvature of training, without changing it.
 
-The package imports without Lightning; its callbacks, which need the extra ``bnp-optim[lightning]``, follow in a
-later release.
+They need the extra ``bnp-optim[lightning]``, and work with the trainers of ``pytorch_lightning`` and of
+``lightning.pytorch``. The package imports without Lightning; its callbacks do not.
 """
 
-__all__: list[str] = []
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_callbacks.hessian import HessianConditionMonitor
+    from lightning_callbacks.layers import LayerConditionMonitor
+    from lightning_callbacks.learning_rate import MaxLearningRateMonitor
+
+__all__ = ["HessianConditionMonitor", "LayerConditionMonitor", "MaxLearningRateMonitor"]
+
+_HOMES = {
+    "HessianConditionMonitor": "hessian",
+    "LayerConditionMonitor": "layers",
+    "MaxLearningRateMonitor": "learning_rate",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -21,8 +21,8 @@ def blocks(document: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), flags=re.S)
 
 
-def test_readme(capsys: pytest.CaptureFixture[str]) -> None:
-    loop, lightning, stream = blocks("README.md")
+def test_readme(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop, lightning, stream, watching = blocks("README.md")
     scope: dict[str, Any] = {}
     exec(loop, scope)
     assert scope["optimizer"].statistics["0"].count == 320
@@ -38,6 +38,27 @@ def test_readme(capsys: pytest.CaptureFixture[str]) -> None:
     exec(lightning, scope)
     optimizer = scope["Classifier"]().configure_optimizers()
     assert repr(optimizer).startswith("BNPreconditioner(AdamW, 2 layers, mode='two_sided'")
+
+    monkeypatch.chdir(tmp_path)  # logs go there
+    exec(watching, scope)
+    data = torch.utils.data.TensorDataset(torch.randn(64, 20), torch.randint(2, (64,)))
+    scope["trainer"].fit(scope["Classifier"](), torch.utils.data.DataLoader(data, batch_size=32))
+    assert {"hessian/kappa_mean", "preconditioned_hessian/kappa_mean", "layers/net.0/kappa"} <= set(
+        scope["trainer"].callback_metrics
+    )
+
+
+def test_callbacks_page() -> None:
+    pytest.importorskip("pytorch_lightning", reason="the callbacks need pytorch-lightning")
+    scope: dict[str, Any] = {}
+    for code in blocks("docs/callbacks.md"):
+        exec(code, scope)
+    monitors = [scope[name](every_n_epochs=1) for name in ("GaussNewton", "Embedded")]
+    monitors.append(scope["EarlyOften"](every_n_train_steps=1000))
+    assert monitors[2].should_update(step_idx=15) and not monitors[2].should_update(step_idx=16)
+    model = nn.Linear(3, 2)
+    outputs, loss = monitors[0].outputs_and_loss(model, (torch.ones(4, 3), torch.ones(4, dtype=torch.long)))
+    assert loss(outputs).shape == ()
 
 
 def test_the_table_of_the_readme() -> None:
