@@ -13,12 +13,12 @@ from torch.utils.data import TensorDataset
 pytest.importorskip("pytorch_lightning", reason="pytorch-lightning is not installed")
 
 
-def test_watch_curvature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    example = importlib.import_module("examples.watch_curvature")
+def test_the_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    example = importlib.import_module("examples.lightning_callbacks")
     data = TensorDataset(torch.rand(64, 784), torch.randint(10, (64,)))
     monkeypatch.setattr(example, "fashion_mnist", lambda folder, samples: data)
     monkeypatch.setattr(example, "EVERY", 1)
-    monkeypatch.setattr(sys, "argv", ["watch_curvature", "--epochs", "1"])
+    monkeypatch.setattr(sys, "argv", ["lightning_callbacks", "--epochs", "1"])
     monkeypatch.chdir(tmp_path)
     example.main()
     last = capsys.readouterr().out.strip().split("\n")[-1].split()
@@ -27,6 +27,6 @@ def test_watch_curvature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_no_data(tmp_path: Path) -> None:
-    example = importlib.import_module("examples.watch_curvature")
+    example = importlib.import_module("examples.lightning_callbacks")
     with pytest.raises(SystemExit, match="train-images-idx3-ubyte"):
         example.fashion_mnist(tmp_path, 10)

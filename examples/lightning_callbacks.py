@@ -1,11 +1,13 @@
 """Watch the curvature while a small network learns Fashion-MNIST; about a minute on a CPU.
 
-    python examples/watch_curvature.py --data-dir path/to/data    # holds fashion-mnist/*.gz
-    python examples/watch_curvature.py                            # downloads it, if torchvision is installed
+    python examples/lightning_callbacks.py --data-dir path/to/data    # holds fashion-mnist/*.gz
+    python examples/lightning_callbacks.py                            # downloads it, if torchvision is installed
 
 What it logs is in lightning_logs/: a CSV file, and TensorBoard's files if that is installed (`tensorboard --logdir
 lightning_logs` shows the spectra, too). A table of some of it is printed at the end.
 """
+
+# ruff: noqa: E402
 
 from __future__ import annotations
 
@@ -16,6 +18,9 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+# Python looks into a script's own folder first, where this very file has the name of the package that it shows
+sys.path = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
 
 import pytorch_lightning as pl
 import torch
