@@ -67,10 +67,11 @@ class Reading:
             samples = self._read(arrival.number)
             if samples is None:
                 return
-            wrong = contradiction(samples, intake.rows)
-            if wrong is not None:
-                self._tap.refuse(self.module, arrival, weight, wrong)
-                return
+            if not _plainly_right(samples, intake.channels):
+                wrong = contradiction(samples, intake.rows)
+                if wrong is not None:
+                    self._tap.refuse(self.module, arrival, weight, wrong)
+                    return
             arrival.moments = self._moments(samples, intake, statistics_dtype(weight))
             if arrival.moments is not None and intake.direction is not None:
                 arrival.projection = self._project(samples, intake.direction, statistics_dtype(weight))
@@ -137,9 +138,9 @@ class ForwardTap:
         gate = self._gate
         if gate.paused or not gate.due or not torch.is_grad_enabled():
             return
-        live = []
+        live: list[_Live] = []
         for number, part, _, intake in self._tapped:
-            weight = part.find(module, part.weight)
+            weight = module._parameters.get(part.weight) if not part.owner else part.find(module, part.weight)
             if weight is not None and weight.requires_grad and intake.broken is None:
                 live.append((number, intake, weight))
         if not live:
@@ -260,6 +261,12 @@ def _drop(module: nn.Module, keys: list[int]) -> None:
     for key in keys:
         del module._forward_hooks[key]
         module._forward_hooks_with_kwargs.pop(key, None)
+
+
+def _plainly_right(samples: Samples, channels: int) -> bool:
+    """Whether the shape is right beyond question; ``contradiction`` takes longer to say."""
+    values, _, occupancy = samples
+    return isinstance(values, Tensor) and occupancy is None and values.dim() > 1 and values.shape[1] == channels
 
 
 def _groups(samples: Samples) -> tuple[Tensor, ...]:

@@ -51,6 +51,12 @@ class Layer:
     shape: torch.Size
     _known: Tensor | None = field(default=None, init=False, repr=False)
 
+    def __post_init__(self) -> None:
+        use = self.uses[0]
+        # the common case, looked up at every step
+        self._only = use.module if len(self.uses) == 1 and not use.part.owner else None
+        self._names = use.part.weight, use.part.bias or ""
+
     @property
     def name(self) -> str:
         """The first use's name."""
@@ -75,7 +81,7 @@ class Layer:
     @property
     def weight(self) -> Tensor | None:
         """The weight as it is now; None if the modules no longer share one of the shape that was found."""
-        weight = self._shared("weight")
+        weight = self._shared(0)
         if weight is None or weight.shape != self.shape:
             return None
         if weight is not self._known:  # the check is slow, and seldom has news
@@ -87,21 +93,20 @@ class Layer:
     @property
     def bias(self) -> Tensor | None:
         """The bias; None where there is none, or where tied weights come with different ones."""
-        return self._shared("bias")
+        return self._shared(1)
 
     @property
     def outgrown(self) -> bool:
         """Whether the weight has another shape by now, so that the layers must be looked up again."""
-        weight = self._shared("weight")
+        weight = self._shared(0)
         return weight is not None and weight.shape != self.shape
 
-    def _shared(self, which: str) -> Tensor | None:
-        _, module, _, _, _, part = self.uses[0]
-        first = part.find(module, getattr(part, which))
-        for use in self.uses[1:]:
-            if use.part.find(use.module, getattr(use.part, which)) is not first:
-                return None
-        return first
+    def _shared(self, which: int) -> Tensor | None:
+        """The weight (0) or the bias (1), if all uses have the same."""
+        if self._only is not None:
+            return self._only._parameters.get(self._names[which])
+        found = [use.part.find(use.module, (use.part.weight, use.part.bias)[which]) for use in self.uses]
+        return found[0] if all(p is found[0] for p in found) else None
 
 
 @dataclass

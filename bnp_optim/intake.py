@@ -129,6 +129,7 @@ class Intake:
 
     def __init__(self, rows: Rows, shape: torch.Size, gate: Gate, *, device: torch.device, dtype: torch.dtype) -> None:
         self.rows = rows
+        self.channels = rows.statistics
         self.shape = shape
         self.gate = gate
         self.direction: Tensor | None = None  # warm start of the spectral step scale, else None
