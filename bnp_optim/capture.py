@@ -166,6 +166,8 @@ class ForwardTap:
         """Measure now, or better when backward comes by: it reads the input anyway, and not every forward has one."""
         reading = Reading(self, module, kept)
         outputs = (output,) if isinstance(output, Tensor) else tuple(_tensors(output))
+        if not outputs:
+            return
         later = _saved_tensor_hooks is not None and _saved_tensor_hooks(True) is None and not _autocasting(outputs[0])
         for number, intake, weight in live:
             intake.follow(weight)
@@ -277,8 +279,8 @@ def _tensors(output: Any) -> Iterator[Tensor]:
     """The tensors of a module's output, by any of which backward may come."""
     if isinstance(output, Tensor):
         yield output
-    elif isinstance(output, (tuple, list)):
-        for x in output:
+    elif isinstance(output, (tuple, list, Mapping)):
+        for x in output.values() if isinstance(output, Mapping) else output:
             yield from _tensors(x)
 
 

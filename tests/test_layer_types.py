@@ -250,6 +250,35 @@ def test_computed_weights_pass_through_untouched(kind: str) -> None:
     assert all("paramet" in row.why for row in optimizer.coverage())
 
 
+# Modules whose output is no tensor
+
+
+class Wordy(nn.Linear):
+    """Returns its output in a dict, as transformers' modules do, or hides it in an object."""
+
+    def __init__(self, *, hidden: bool) -> None:
+        super().__init__(4, 3)
+        self.hidden = hidden
+
+    def forward(self, x: Tensor) -> Any:
+        y = super().forward(x)
+        return type("Output", (), {"y": y}) if self.hidden else {"y": y, "name": "linear"}
+
+
+@pytest.mark.parametrize(("hidden", "counted"), [(False, 16), (True, 0)])
+def test_outputs_in_dicts_count_and_hidden_ones_pass_through(hidden: bool, counted: int) -> None:
+    model = Wordy(hidden=hidden)
+    optimizer = wrap(model)
+    for x in inputs(2):
+        optimizer.zero_grad()
+        output = model(x)
+        (output.y if hidden else output["y"]).square().mean().backward()
+        optimizer.step()
+    assert int(optimizer.statistics[""].count) == counted
+    assert optimizer.coverage()["weight"].preconditioned is not hidden
+    assert "no longer measured" not in optimizer.coverage()["weight"].why
+
+
 # Adapters that do not fit
 
 
