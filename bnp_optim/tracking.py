@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from bnp_optim.bank import StatisticsBank
 from bnp_optim.capture import ForwardTap, LazyTap, Tapped, drop_inert_taps
-from bnp_optim.discovery import Layer, SkipRule, find_layers
+from bnp_optim.discovery import Findings, Layer, SkipRule, find_layers
 from bnp_optim.intake import Gate, Intake
 from bnp_optim.layers import ModuleAdapter
 from bnp_optim.places import Home, LiveLayer, Place, dense_grad, home_of, statistics_home
@@ -52,12 +52,11 @@ class Tracker:
         # the list is shared, not copied: whatever is attached later is detached too
         weakref.finalize(self, _detach, self._handles).atexit = False
         self._places: dict[Layer, Place] = {}
-        self._attach(owned)
+        self._attach(owned, find_layers(model, self._skip))
 
-    def _attach(self, owned: Collection[int]) -> None:
+    def _attach(self, owned: Collection[int], findings: Findings) -> None:
         known = {x.identity: place.intake for x, place in self._places.items()}
         self.attached = True
-        findings = find_layers(self._model, self._skip)
         self._owned = frozenset(owned)
         self.reasons = findings.reasons
         self.awaited = any(id(p) in owned for m in findings.lazy for p in m.parameters(recurse=False))
@@ -93,8 +92,9 @@ class Tracker:
     def rescan(self, owned: Collection[int] | None = None) -> None:
         """Look for layers again; those that were known keep their statistics and their pending samples."""
         kept = [(layer, self.snapshot(layer)) for layer in self.layers if layer in self.ready]
+        findings = find_layers(self._model, self._skip)  # may raise: then all stays as it is
         _detach(self._handles)
-        self._attach(self._owned if owned is None else owned)
+        self._attach(self._owned if owned is None else owned, findings)
         for old, snapshot in kept:
             for new in self.layers:
                 if new.identity == old.identity:

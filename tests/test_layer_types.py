@@ -342,6 +342,17 @@ def test_an_adapter_of_a_wrong_geometry_is_an_error_at_the_door(
     assert hook_count(model) == 0
 
 
+def test_a_rescan_that_fails_changes_nothing(odd_adapter: Any) -> None:
+    model = nn.Sequential(Odd(), nn.Linear(3, 2))
+    optimizer = wrap(model)
+    train(model, optimizer, inputs(1))
+    odd_adapter(Rows(1, 5), None, (-1, 4))
+    with pytest.raises(ValueError, match="OddAdapter does not fit the Odd '0'"):
+        optimizer.rescan()
+    train(model, optimizer, inputs(1))
+    assert int(optimizer.statistics["1"].count) == 16
+
+
 def test_samples_of_a_wrong_shape_are_an_error_of_the_step_not_of_the_forward(odd_adapter: Any) -> None:
     model = odd_adapter(Rows(1, 4), None, (-1, 2))
     optimizer = wrap(model)
