@@ -12,7 +12,7 @@ from bnp_optim.layers import ModuleAdapter, Rows
 from bnp_optim.places import LiveLayer
 from bnp_optim.transform import Factors, add_from_z
 
-__all__ = ["CompiledTransforms", "Task", "add_on_rows", "apply_on_rows", "apply_to_all", "gradient_task"]
+__all__ = ["CompiledTransforms", "Task", "Transform", "add_on_rows", "apply_on_rows", "apply_to_all", "gradient_task"]
 
 Transform = Callable[[Tensor, Tensor | None, Factors], None]
 Task = tuple[ModuleAdapter, Rows, Tensor, Tensor | None, Factors]
@@ -20,7 +20,7 @@ Task = tuple[ModuleAdapter, Rows, Tensor, Tensor | None, Factors]
 
 def gradient_task(live: LiveLayer, factors: Factors) -> Task:
     """A layer's gradients as what :func:`apply_to_all` takes."""
-    return live.layer.adapter, live.layer.rows, live.weight_grad, live.bias_grad, factors
+    return live.layer.adapter, live.layer.geometry, live.weight_grad, live.bias_grad, factors
 
 
 def apply_to_all(transform: Transform, tasks: Sequence[Task]) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from bnp_optim.bases import needs_closure
-from bnp_optim.discovery import SkipRule, clean_name
+from bnp_optim.blocks import is_dtensor
+from bnp_optim.discovery import Layer, SkipRule, clean_name
+from bnp_optim.fsdp import managed_parameters
 
-__all__ = ["check_choice", "check_differentiable", "check_number", "check_objects", "checked_skip"]
+__all__ = ["check_choice", "check_differentiable", "check_not_sharded_since", "check_number", "check_objects", "checked_skip"]
 
 
 def check_objects(optimizer: Any, model: Any) -> None:
@@ -33,6 +35,20 @@ def check_objects(optimizer: Any, model: Any) -> None:
             "model contains nn.DataParallel, which trains replicas that no hook can follow: train on one device, "
             "with the module inside it (model.module)"
         )
+
+
+def check_not_sharded_since(model: nn.Module, layer: Layer, owned: Collection[int]) -> None:
+    """Refuse to train on parameters that the model has lost to ``fully_shard`` or ``parallelize_module``."""
+    for use in layer.uses:
+        now = use.part.find(use.module, use.part.weight)
+        managed = next((m for m in managed_parameters(model) if m.is_one_of(now)), None)
+        now = now if managed is None else managed.sharded
+        if is_dtensor(now) and id(now) not in owned:
+            raise RuntimeError(
+                f"the weight of {layer.name!r} was sharded (fully_shard, parallelize_module) after the optimizer was "
+                "built, which holds parameters that the model no longer has: shard the model first, then build the "
+                "optimizer from its parameters and wrap it"
+            )
 
 
 def check_differentiable(optimizer: Optimizer, *, has_layers: bool) -> None:

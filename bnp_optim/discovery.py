@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -12,9 +12,11 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from bnp_optim.blocks import Block, block_of, is_dtensor
+from bnp_optim.fsdp import Managed, managed_parameters
 from bnp_optim.layers import LayerAdapter, Match, ModuleAdapter, Part, Rows, adapter_for, checked_parts
 
-__all__ = ["Findings", "Layer", "SkipRule", "Use", "clean_name", "find_layers"]
+__all__ = ["Findings", "Layer", "ShardedLayer", "SkipRule", "Use", "clean_name", "find_layers"]
 
 SkipRule = type[nn.Module] | str | nn.Module
 _SKIPPED = "skipped by the user"
@@ -49,6 +51,7 @@ class Layer:
 
     uses: list[Use]
     shape: torch.Size
+    block: Block | None = field(default=None, init=False, repr=False)  # of a sharded weight, what this rank holds
     _known: Tensor | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -70,6 +73,11 @@ class Layer:
     @property
     def rows(self) -> Rows:
         """The weight's geometry."""
+        return self.uses[0].part.rows
+
+    @property
+    def geometry(self) -> Rows:
+        """The geometry of what this process holds of the weight."""
         return self.uses[0].part.rows
 
     @property
@@ -97,9 +105,9 @@ class Layer:
 
     @property
     def outgrown(self) -> bool:
-        """Whether the weight has another shape by now, so that the layers must be looked up again."""
+        """Whether the weight has another shape or kind by now, so that the layers must be looked up again."""
         weight = self._shared(0)
-        return weight is not None and weight.shape != self.shape
+        return weight is not None and (weight.shape != self.shape or is_dtensor(weight))
 
     def _shared(self, which: int) -> Tensor | None:
         """The weight (0) or the bias (1), if all uses have the same."""
@@ -107,6 +115,37 @@ class Layer:
             return self._only._parameters.get(self._names[which])
         found = [use.part.find(use.module, (use.part.weight, use.part.bias)[which]) for use in self.uses]
         return found[0] if all(p is found[0] for p in found) else None
+
+
+class ShardedLayer(Layer):
+    """A layer whose weight (or bias) is a ``DTensor``.
+
+    Under FSDP its modules hold other tensors during forward and backward; here it is always the sharded ones.
+    """
+
+    def __init__(self, uses: list[Use], shape: torch.Size, block: Block, managed: Sequence[Managed | None]) -> None:
+        super().__init__(uses, shape)
+        self.block: Block = block
+        self.managed = tuple(managed)
+
+    @property
+    def geometry(self) -> Rows:
+        return self.block.geometry
+
+    @property
+    def weight(self) -> Tensor | None:
+        weight = self._shared(0)
+        if weight is None or weight.shape != self.shape or not (is_dtensor(weight) or is_dtensor(self.bias)):
+            return None
+        return weight
+
+    @property
+    def outgrown(self) -> bool:
+        return self._shared(0) is not None  # asked only where there is no weight as it was found
+
+    def _shared(self, which: int) -> Tensor | None:
+        found, managed = super()._shared(which), self.managed[which]
+        return managed.sharded if managed is not None and managed.is_one_of(found) else found
 
 
 @dataclass
@@ -134,6 +173,7 @@ def find_layers(model: nn.Module, skip: Collection[SkipRule] = ()) -> Findings:
         ValueError: if an adapter contradicts a module of the class that it was registered for.
     """
     findings = Findings()
+    managed = {id(m.sharded): m for m in managed_parameters(model)}
     users: dict[int, list[tuple[str, nn.Module]]] = {}
     candidates: dict[int, list[Use]] = {}
     for raw_name, module in model.named_modules():
@@ -177,14 +217,32 @@ def find_layers(model: nn.Module, skip: Collection[SkipRule] = ()) -> Findings:
         elif len({_geometry(use) for use in uses}) > 1:
             reason = "tied to a layer of another geometry"
         else:
-            weight = uses[0].part.find(uses[0].module, uses[0].part.weight)
-            assert weight is not None
-            findings.layers.append(Layer(uses, weight.shape))
-            continue
+            layer = _layer(uses, managed)
+            if isinstance(layer, Layer):
+                findings.layers.append(layer)
+                continue
+            reason = layer
         for use in uses:
             for p in _both(use.module, use.part):
                 findings.reasons[id(p)] = reason
     return findings
+
+
+def _layer(uses: list[Use], managed: dict[int, Managed]) -> Layer | str:
+    """The layer of one weight, or why it cannot be one."""
+    use = uses[0]
+    weight = use.part.find(use.module, use.part.weight)
+    assert weight is not None
+    layer = Layer(uses, weight.shape)
+    bias = layer.bias
+    if not (is_dtensor(weight) or is_dtensor(bias)):
+        return layer
+    by_fsdp = managed.get(id(weight))
+    dims = () if by_fsdp is None else by_fsdp.data_parallel_dims
+    block = block_of(use.adapter, use.part.rows, weight, bias, dims)
+    if isinstance(block, str):
+        return block
+    return ShardedLayer(uses, weight.shape, block, (by_fsdp, managed.get(id(bias))))
 
 
 def clean_name(name: str) -> str:
@@ -201,6 +259,8 @@ def _geometry(use: Use) -> tuple[Rows, tuple[int, ...]]:
     """What uses of one weight must agree in."""
     weight = use.part.find(use.module, use.part.weight)
     assert weight is not None
+    if is_dtensor(weight):
+        weight = torch.empty(weight.shape, device="meta")
     try:
         return use.part.rows, use.adapter.matrix(use.part.rows, weight).stride()
     except RuntimeError:  # a layout without a matrix view
@@ -228,7 +288,7 @@ def _computed(module: nn.Module, match: Match) -> bool:
 def _why_not(weight: Tensor | None, part: Part, module: nn.Module) -> str | None:
     if weight is None:
         return f"{part.weight!r} is not a parameter of the {type(module).__name__} (parametrized or pruned)"
-    if is_traceable_wrapper_subclass(weight):
+    if is_traceable_wrapper_subclass(weight) and not is_dtensor(weight):
         return f"its weight is a {type(weight).__name__}, which is not supported yet"
     if not weight.is_floating_point():
         return f"not a real floating-point weight ({str(weight.dtype).removeprefix('torch.')})"

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from bnp_optim.fsdp import Managed
 from bnp_optim.layers import Rows
 from bnp_optim.moments import Moments, merge_moments
 from bnp_optim.spectral import Projection
@@ -66,12 +67,11 @@ class Arrival:
 
     def come_by(self, output: Tensor) -> None:
         """Be called when backward reaches ``output``."""
-        if output._is_view():
+        base = output._base if output._is_view() else None
+        if base is not None and base.grad_fn is not None:
             # NOTE: an in-place activation replaces the view's own node (the 3-d output of Linear), which backward
             # then never visits; its base's stays
-            base = output._base
-            if base is not None and base.grad_fn is not None:
-                base.grad_fn.register_prehook(self)
+            base.grad_fn.register_prehook(self)
         elif output.grad_fn is not None:
             # what Tensor.register_hook does, but for the handle, which costs more than all the rest
             hooks = output._backward_hooks
@@ -95,7 +95,7 @@ class Arrival:
             intake.discard()
         task = torch._C._current_graph_task_id()
         # NOTE: a reentrant checkpoint runs a pass inside of another, which has delivered nothing yet
-        if intake.batches and task != intake.task != self.inside and weight.grad is None:
+        if intake.batches and task != intake.task != self.inside and weight.grad is None and intake.is_empty:
             intake.discard()  # what earlier passes had left in .grad was dropped
         intake.task = task
         if self.counted != intake.lifetime:
@@ -145,6 +145,7 @@ class Intake:
         self.weight: Tensor | None = None
         self.sink: Any = None  # the node that accumulates into the weight's .grad
         self._sink_of: tuple[torch.device, torch.dtype] | None = None
+        self.managed: Managed | None = None  # FSDP's, where gradients wait for their reduction
         self.traced_counts = torch.zeros(2, device=device, dtype=dtype)  # samples, observations
         self.traced_mean = torch.zeros(rows.statistics, device=device, dtype=dtype)
         self.traced_m2 = torch.zeros(rows.statistics, device=device, dtype=dtype)
@@ -156,6 +157,11 @@ class Intake:
         self.traced_m2 = self.traced_m2.to(device, dtype)
         if self.direction is not None:
             self.direction = self.direction.to(device, dtype)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the gradient is nowhere else, if it is not in the weight's ``.grad``."""
+        return self.managed is None or not self.managed.has_gradient
 
     def follow(self, weight: Tensor) -> None:
         """Know the weight as it is now, and the node that accumulates into its gradient."""

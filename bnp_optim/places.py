@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from bnp_optim.bank import StatisticsBank
-from bnp_optim.discovery import Layer
+from bnp_optim.blocks import local_grad
+from bnp_optim.discovery import Layer, ShardedLayer
 from bnp_optim.intake import Intake
 from bnp_optim.moments import Moments, statistics_dtype
 from bnp_optim.spectral import Projection, power_step
 
-__all__ = ["Home", "LiveLayer", "Place", "dense_grad", "home_of", "statistics_home"]
+__all__ = ["Home", "LiveLayer", "Place", "dense_grad", "home_of", "live_shards", "statistics_home"]
 
 Home = tuple[torch.device, torch.dtype]
 
@@ -67,6 +68,15 @@ class Place:
         affine = self.live.bias is not None
         q2 = power_step(self.projection, factors, affine=affine, direction=direction, active=active)
         self.bank.set_q2(self.row, torch.where(active, q2, self.bank.now.q2[self.row]))
+
+
+def live_shards(layer: ShardedLayer, weight: Tensor, bias: Tensor | None) -> LiveLayer | None:
+    """A sharded layer with what this rank holds of its gradients; without the weight's there is nothing to do."""
+    weight_grad = local_grad(weight)
+    if weight_grad is None:
+        return None
+    bias_grad = None if bias is None else local_grad(bias)
+    return LiveLayer(layer, weight, None if bias_grad is None else bias, weight_grad, bias_grad)
 
 
 def home_of(weight: Tensor | None) -> Home:

@@ -18,6 +18,7 @@ from bnp_optim.application import CompiledTransforms, apply_to_all, gradient_tas
 from bnp_optim.bases import enter, leave, traits_of
 from bnp_optim.checkpoint import merge, split
 from bnp_optim.checks import check_choice, check_differentiable, check_number, check_objects, checked_skip
+from bnp_optim.columns import over_columns
 from bnp_optim.coverage import Coverage, coverage_of
 from bnp_optim.discovery import SkipRule
 from bnp_optim.statistics import LayerStatistics, StatisticsOptions
@@ -233,9 +234,10 @@ class BNPreconditioner(Optimizer):
                 tracker.commit()
                 tasks = [(x, tracker.factors(x.layer)) for x in live if x.layer in tracker.ready]
                 if self._form == "two_sided":
-                    self._z.step(base_step, tasks)
+                    self._z.step(base_step, tasks, sharded=tracker.sharded)
                 else:
-                    self._apply(precondition, [gradient_task(x, f) for x, f in tasks])
+                    apply = over_columns(self._apply) if tracker.sharded else self._apply
+                    apply(precondition, [gradient_task(x, f) for x, f in tasks])
                     base_step()
             finally:
                 tracker.release()

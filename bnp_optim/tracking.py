@@ -12,10 +12,14 @@ from torch.utils.hooks import RemovableHandle
 
 from bnp_optim.bank import StatisticsBank
 from bnp_optim.capture import ForwardTap, LazyTap, Tapped, drop_inert_taps
-from bnp_optim.discovery import Findings, Layer, SkipRule, find_layers
+from bnp_optim.checks import check_not_sharded_since
+from bnp_optim.discovery import Findings, Layer, ShardedLayer, SkipRule, Use, find_layers
+from bnp_optim.fsdp import reshard
 from bnp_optim.intake import Gate, Intake
 from bnp_optim.layers import ModuleAdapter
-from bnp_optim.places import Home, LiveLayer, Place, dense_grad, home_of, statistics_home
+from bnp_optim.localized import LocalInputs, widened
+from bnp_optim.moments import Moments
+from bnp_optim.places import Home, LiveLayer, Place, dense_grad, home_of, live_shards, statistics_home
 from bnp_optim.spectral import initial_direction
 from bnp_optim.statistics import LayerStatistics, StatisticsOptions, shelves
 from bnp_optim.transform import Factors
@@ -52,6 +56,7 @@ class Tracker:
         # the list is shared, not copied: whatever is attached later is detached too
         weakref.finalize(self, _detach, self._handles).atexit = False
         self._places: dict[Layer, Place] = {}
+        reshard(model)
         self._attach(owned, find_layers(model, self._skip))
 
     def _attach(self, owned: Collection[int], findings: Findings) -> None:
@@ -62,19 +67,24 @@ class Tracker:
         self.awaited = any(id(p) in owned for m in findings.lazy for p in m.parameters(recurse=False))
         self.layers = [x for x in findings.layers if x.weight is not None and id(x.weight) in owned]
         self.ready: set[Layer] = set()
+        self._sharded = [x for x in self.layers if isinstance(x, ShardedLayer)]
+        self._refuse_spectral()
         intakes = []
         tapped: dict[nn.Module, tuple[ModuleAdapter, list[Tapped]]] = {}
         for i, layer in enumerate(self.layers):
             device, dtype = statistics_home(layer)
             intake = known.pop(layer.identity, None)  # with what waits in it
-            if intake is None:
-                intake = Intake(layer.rows, layer.shape, self.gate, device=device, dtype=dtype)
+            seen = layer.rows if layer.block is None else layer.block.seen
+            if intake is None or intake.rows != seen:
+                intake = Intake(seen, layer.shape, self.gate, device=device, dtype=dtype)
                 if self.options.step_scale == "spectral":
                     intake.direction = self._initial_direction(i, device, dtype)
             intake.shape = layer.shape
             intakes.append(intake)
+            if isinstance(layer, ShardedLayer):
+                intake.managed = layer.managed[0]
             for use in layer.uses:
-                taps = tapped.setdefault(use.module, (use.adapter, []))[1]
+                taps = tapped.setdefault(use.module, (_reader(layer, use), []))[1]
                 taps.append(Tapped(use.number, use.part, use.exact, intake))
         for module, (adapter, taps) in tapped.items():
             self._hook(module, ForwardTap(adapter, taps, self.gate, self.options.max_observations))
@@ -87,7 +97,9 @@ class Tracker:
 
     def _hook(self, module: nn.Module, tap: ForwardTap | LazyTap) -> None:
         drop_inert_taps(module)
-        self._handles.append(module.register_forward_hook(tap, with_kwargs=True))
+        # NOTE: before the hooks of FSDP and tensor parallel, which take away the weight and cast or move the output
+        first = bool(self._sharded) and any(x.block is not None for x in self.layers if x.uses[0].module is module)
+        self._handles.append(module.register_forward_hook(tap, with_kwargs=True, prepend=first))
 
     def rescan(self, owned: Collection[int] | None = None) -> None:
         """Look for layers again; those that were known keep their statistics and their pending samples."""
@@ -107,15 +119,32 @@ class Tracker:
         for place in self._places.values():
             place.intake.stop()
 
+    @property
+    def sharded(self) -> bool:
+        """Whether some layers are."""
+        return bool(self._sharded)
+
     def live(self, owned: Collection[int]) -> list[LiveLayer]:
-        """The layers whose weight has a gradient and is among the ``owned`` parameters (ids), as of now."""
+        """The layers whose weight has a gradient and is among the ``owned`` parameters (ids), as of now.
+
+        Raises:
+            RuntimeError: if the model was sharded after the optimizer was built; nothing has changed then.
+        """
         live = []
         for layer, place in self._places.items():
             weight, bias = layer.weight, layer.bias
             if weight is None and self.attached and layer.outgrown:
+                check_not_sharded_since(self._model, layer, owned)
                 self.rescan(owned)
                 return self.live(owned)
-            weight_grad = None if weight is None or id(weight) not in owned else dense_grad(weight)
+            if weight is not None and id(weight) not in owned:
+                check_not_sharded_since(self._model, layer, owned)
+                weight = None
+            if isinstance(layer, ShardedLayer) and weight is not None:
+                place.live = found = live_shards(layer, weight, bias if id(bias) in owned else None)
+                live += [] if found is None else [found]
+                continue
+            weight_grad = None if weight is None else dense_grad(weight)
             if weight is None or weight_grad is None:
                 place.live = None
                 continue
@@ -156,6 +185,8 @@ class Tracker:
                 self._move()
                 break
         batches = [[place.take() for place in shelf] for shelf in self._shelves]
+        if self._sharded:
+            batches = self._widen(batches)
         if not any(m is not None for batch in batches for m in batch):
             return
         banks = [shelf[0].bank for shelf in self._shelves]
@@ -175,7 +206,8 @@ class Tracker:
     def factors(self, layer: Layer) -> Factors:
         """P of the layer, from the statistics as committed."""
         place = self._places[layer]
-        return place.bank.factors(place.row)
+        factors = place.bank.factors(place.row)
+        return factors if layer.block is None else layer.block.factors(factors)
 
     def statistics(self) -> dict[str, LayerStatistics]:
         """Copies, by layer name."""
@@ -246,6 +278,30 @@ class Tracker:
         places = {place.layer: place for shelf in self._shelves for place in shelf}
         self._places = {x: places[x] for x in self.layers}
 
+    def _widen(self, batches: list[list[Moments | None]]) -> list[list[Moments | None]]:
+        """Complete the samples of layers of whose inputs every rank sees a part; the same call on all ranks."""
+        at = [
+            (i, k, place)
+            for i, shelf in enumerate(self._shelves)
+            for k, place in enumerate(shelf)
+            if place.layer.block is not None and place.layer.block.input_groups
+        ]
+        if at and self.gate.due:
+            blocks = [place.layer.block for _, _, place in at if place.layer.block is not None]
+            homes = [place.bank.now.mean for _, _, place in at]
+            found = widened([batches[i][k] for i, k, _ in at], blocks, homes)
+            for (i, k, _), moments in zip(at, found, strict=True):
+                batches[i][k] = moments
+        return batches
+
+    def _refuse_spectral(self) -> None:
+        split = [x.name for x in self._sharded if x.block.input_groups]
+        if split and self.options.step_scale == "spectral":
+            raise ValueError(
+                f"step_scale is 'spectral', which needs whole inputs, but those of {split[0]!r} are split among ranks "
+                "(row-wise tensor parallel): use step_scale='trace', or skip the layer"
+            )
+
     def _move(self) -> None:
         """The model went to another device or dtype after it was wrapped: follow it."""
         snapshots = {layer: self.snapshot(layer) for layer in self.ready}
@@ -256,6 +312,11 @@ class Tracker:
             place.intake.move(*statistics_home(layer))
         for layer, snapshot in snapshots.items():
             self.restore(layer, snapshot)
+
+
+def _reader(layer: Layer, use: Use) -> ModuleAdapter:
+    """How the inputs of a use are read: those of a sharded weight may be sharded, too."""
+    return use.adapter if layer.block is None else LocalInputs(use.adapter, bool(layer.block.input_groups))
 
 
 def _all(finite: Sequence[Any], device: torch.device) -> Any:

@@ -24,7 +24,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-__all__ = ["Factors", "add_from_z", "from_z", "precondition", "to_z"]
+__all__ = ["Factors", "add_from_z", "from_z", "norm2", "precondition", "safe", "to_z"]
 
 
 @dataclass(eq=False)
@@ -74,7 +74,7 @@ def precondition(weight: Tensor, bias: Tensor | None, f: Factors) -> None:
         along = _split(weight, f)
         weight.mul_(_columns(f.scale2))
         # (PPᵀ)μ = D⁻²μ / (1 + ‖v‖²), the component that centring leaves
-        _add_outer(weight, along, f.mean * f.inv_std.square() / ((1 + _norm2(f)).unsqueeze(-1) * f.q2))
+        _add_outer(weight, along, f.mean * f.inv_std.square() / ((1 + norm2(f)).unsqueeze(-1) * f.q2))
         return
     weight.addcmul_(bias.unsqueeze(-1), _columns(f.mean), value=-1)
     weight.mul_(_columns(f.scale2))
@@ -86,7 +86,7 @@ def to_z(weight: Tensor, bias: Tensor | None, f: Factors) -> None:
     if bias is None:
         along = _split(weight, f)
         weight.mul_(_columns(f.scale))
-        _add_outer(weight, along, f.mean * f.inv_std / ((1 + _norm2(f)).sqrt().unsqueeze(-1) * f.q2.sqrt()))
+        _add_outer(weight, along, f.mean * f.inv_std / ((1 + norm2(f)).sqrt().unsqueeze(-1) * f.q2.sqrt()))
         return
     weight.addcmul_(bias.unsqueeze(-1), _columns(f.mean), value=-1)
     weight.mul_(_columns(f.scale))
@@ -98,11 +98,11 @@ def from_z(weight: Tensor, bias: Tensor | None, f: Factors) -> None:
     if bias is None:
         # Δz = (Δz - c vᵀ) + c vᵀ with v = μ/σ̃; S v = v/r and S acts as the identity on the rest
         v = f.mean * f.inv_std
-        norm2 = _norm2(f)
-        along = _times(weight, v) / _safe(norm2).unsqueeze(-1)
+        length2 = norm2(f)
+        along = _times(weight, v) / safe(length2).unsqueeze(-1)
         _add_outer(weight, along, -v)
         weight.mul_(_columns(f.scale))
-        _add_outer(weight, along, v * f.inv_std / ((1 + norm2).sqrt().unsqueeze(-1) * f.q2.sqrt()))
+        _add_outer(weight, along, v * f.inv_std / ((1 + length2).sqrt().unsqueeze(-1) * f.q2.sqrt()))
         return
     weight.mul_(_columns(f.scale))
     _shear_back(weight, bias, f.mean, f.inv_q)
@@ -139,16 +139,16 @@ def _add_outer(weight: Tensor, rows: Tensor, columns: Tensor) -> None:
 
 def _split(weight: Tensor, f: Factors) -> Tensor:
     """Take ``c μᵀ`` out of the gradient rows, c the coefficient along μ in the metric D⁻²; returns c."""
-    along = _times(weight, f.mean * f.inv_std.square()) / _safe(_norm2(f)).unsqueeze(-1)
+    along = _times(weight, f.mean * f.inv_std.square()) / safe(norm2(f)).unsqueeze(-1)
     _add_outer(weight, along, -f.mean)
     return along
 
 
-def _norm2(f: Factors) -> Tensor:
+def norm2(f: Factors) -> Tensor:
     """‖v‖² per group."""
     return (f.mean * f.inv_std).square().sum(-1)
 
 
-def _safe(norm2: Tensor) -> Tensor:
+def safe(length2: Tensor) -> Tensor:
     """A divisor: zero means along nothing, and the numerator is zero too."""
-    return norm2.masked_fill(norm2 == 0, 1)
+    return length2.masked_fill(length2 == 0, 1)

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from bnp_optim.application import Task, add_on_rows, apply_on_rows, gradient_task
+from bnp_optim.application import Task, add_on_rows, apply_to_all, gradient_task
 from bnp_optim.bases import BaseTraits
+from bnp_optim.blocks import ColumnFactors, local
+from bnp_optim.columns import over_columns
 from bnp_optim.places import LiveLayer
 from bnp_optim.transform import Factors, from_z, to_z
 
@@ -40,34 +42,49 @@ class ZCoordinates:
         self._traits = traits
         self._buffers: dict[int, Tensor] = {}
 
-    def step(self, base_step: Callable[[], Any], layers: Sequence[tuple[LiveLayer, Factors]]) -> None:
-        """One step of the base with the parameters of ``layers`` seen as z."""
+    def step(
+        self, base_step: Callable[[], Any], layers: Sequence[tuple[LiveLayer, Factors]], *, sharded: bool = False
+    ) -> None:
+        """One step of the base with the parameters of ``layers`` seen as z.
+
+        Args:
+            sharded: Whether some of them are.
+        """
         group_of = {id(p): group for group in self._base.param_groups for p in group["params"]}
         parameters = [p for x, _ in layers for p in (x.weight, x.bias) if p is not None]
         decays = [_decay(self._traits, group_of[id(p)]) for p in parameters]
         for p, (l2, _) in zip(parameters, decays, strict=True):
             if p.grad is not None and l2:
                 p.grad.add_(p, alpha=l2)
-        self._apply(to_z, [gradient_task(x, f) for x, f in layers])
+        apply = over_columns(self._apply) if sharded else self._apply
+        apply(to_z, [gradient_task(x, f) for x, f in layers])
 
-        self._buffers = {id(p): self._buffer(p) for p in parameters}
+        held = [local(p) for p in parameters] if sharded else parameters
+        self._buffers = {id(p): self._buffer(id(p), h) for p, h in zip(parameters, held, strict=True)}
         with _decay_off(self._base, self._traits, set(self._buffers)):
-            (self._from_zero if self._traits.additive else self._from_here)(base_step, parameters)
-        for p, (_, shrink) in zip(parameters, decays, strict=True):
+            (self._from_zero if self._traits.additive else self._from_here)(base_step, parameters, held)
+        for h, (_, shrink) in zip(held, decays, strict=True):
             if shrink is not None:
-                p.mul_(shrink)
+                h.mul_(shrink)
+        rest = []
         for x, f in layers:
-            dz = self._buffers[id(x.weight)]
-            dz_bias = None if x.bias is None else self._buffers[id(x.bias)]
-            if not add_on_rows(x.layer.adapter, x.layer.rows, x.weight, x.bias, dz, dz_bias, f):
-                apply_on_rows(from_z, x.layer.adapter, x.layer.rows, dz, dz_bias, f)
-                x.weight.add_(dz)
-                if x.bias is not None and dz_bias is not None:
-                    x.bias.add_(dz_bias)
+            adapter, geometry, weight, bias = x.layer.adapter, x.layer.geometry, x.weight, x.bias
+            dz = self._buffers[id(weight)]
+            dz_bias = None if bias is None else self._buffers[id(bias)]
+            if x.layer.block is not None:
+                weight, bias = local(weight), None if bias is None else local(bias)
+            together = sharded and isinstance(f, ColumnFactors)
+            if together or not add_on_rows(adapter, geometry, weight, bias, dz, dz_bias, f):
+                rest.append((weight, bias, (adapter, geometry, dz, dz_bias, f)))
+        (over_columns(apply_to_all) if sharded else apply_to_all)(from_z, [task for _, _, task in rest])
+        for weight, bias, (_, _, dz, dz_bias, _) in rest:
+            weight.add_(dz)
+            if bias is not None and dz_bias is not None:
+                bias.add_(dz_bias)
 
-    def _buffer(self, parameter: Tensor) -> Tensor:
+    def _buffer(self, key: int, parameter: Tensor) -> Tensor:
         """As large as the parameter, and kept: making it anew would cost more than filling it."""
-        known = self._buffers.get(id(parameter))
+        known = self._buffers.get(key)
         if known is not None and (known.shape, known.dtype, known.device, known.stride()) == (
             parameter.shape,
             parameter.dtype,
@@ -77,32 +94,40 @@ class ZCoordinates:
             return known
         return torch.empty_like(parameter, requires_grad=False)
 
-    def _from_zero(self, base_step: Callable[[], Any], parameters: Sequence[Tensor]) -> None:
+    def _from_zero(self, base_step: Callable[[], Any], parameters: Sequence[Tensor], held: Sequence[Tensor]) -> None:
         """Leave Δz in the buffers: to full precision, since there the base starts from zero."""
-        weights = [p.data for p in parameters]
+        weights = [h.data for h in held]
         try:
-            for p in parameters:
-                p.data = self._buffers[id(p)].zero_()
+            for p, h in zip(parameters, held, strict=True):
+                _exchange(p, h, self._buffers[id(p)].zero_())
             base_step()
         finally:
-            for p, w in zip(parameters, weights, strict=True):
-                p.data = w
+            for p, h, w in zip(parameters, held, weights, strict=True):
+                _exchange(p, h, w if h is p else h)
 
-    def _from_here(self, base_step: Callable[[], Any], parameters: Sequence[Tensor]) -> None:
+    def _from_here(self, base_step: Callable[[], Any], parameters: Sequence[Tensor], held: Sequence[Tensor]) -> None:
         """Leave Δz in the buffers, for a base that must see w: as the difference."""
-        for p in parameters:
-            self._buffers[id(p)].copy_(p)
+        pairs = [(h, self._buffers[id(p)]) for p, h in zip(parameters, held, strict=True)]
+        for h, w in pairs:
+            w.copy_(h)
         try:
             base_step()
         except BaseException:
-            for p in parameters:
-                p.copy_(self._buffers[id(p)])
+            for h, w in pairs:
+                h.copy_(w)
             raise
-        for p in parameters:
-            w = self._buffers[id(p)]
-            moved = p - w
-            p.copy_(w)
+        for h, w in pairs:
+            moved = h - w
+            h.copy_(w)
             w.copy_(moved)
+
+
+def _exchange(parameter: Tensor, held: Tensor, value: Tensor) -> None:
+    """Let ``parameter``, or what this rank holds of it, be ``value``."""
+    if held is parameter:
+        parameter.data = value
+    else:
+        parameter._local_tensor = value  # type: ignore[attr-defined]  # `.data` would leave it as it is
 
 
 def _decay(traits: BaseTraits, group: dict[str, Any]) -> tuple[float, Any]:

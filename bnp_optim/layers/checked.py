@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from bnp_optim.layers.base import Part, Rows, Samples
 from bnp_optim.layers.registry import Match
@@ -38,6 +40,8 @@ def _misfit(module: nn.Module, match: Match, part: Part) -> str | None:
     if weight is None:
         return None
     rows, shape = part.rows, tuple(weight.shape)
+    if is_traceable_wrapper_subclass(weight):  # sharded: its whole shape counts, and views of it may not exist
+        weight = torch.empty(shape, device="meta")
     if not isinstance(rows, Rows):
         return f"rows() returned {rows!r}, it must return bnp_optim.Rows(groups=…, channels=…, taps=…)"
     inputs = rows.groups * rows.fan_in

@@ -47,11 +47,11 @@ class ConvAdapter(LayerAdapter):
                 input.shape[2:], padding, conv.dilation, conv.kernel_size, conv.stride, strict=True
             )
         )
-        kernel = conv.weight.new_empty(conv.groups, conv.in_channels // conv.groups, *conv.kernel_size)
+        kernel = input.new_empty(conv.groups, conv.in_channels // conv.groups, *conv.kernel_size)
         z = torch.ops.aten.convolution_backward(
             response.reshape(*response.shape[:2], *spatial),
             input,
-            kernel.to(input.dtype),
+            kernel,
             None,
             conv.stride,
             padding,

@@ -1,0 +1,318 @@
+"""Weights that are sharded (``DTensor``): which rows and inputs of a layer this rank holds, and who has the rest.
+
+A weight is cut along one of its dimensions per dimension of the device mesh. Seen as rows × inputs, a cut goes either
+between rows (FSDP2 and column-wise tensor parallel on a ``Linear``), and then P acts on what is here alone; or
+between inputs (row-wise tensor parallel, FSDP2 on transformers' ``Conv1D``), and then each row's product with μ is a sum
+over ranks.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from bnp_optim.layers import ModuleAdapter, Rows
+from bnp_optim.transform import Factors
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.tensor import DTensor
+
+__all__ = ["Block", "ColumnFactors", "Interval", "block_of", "is_dtensor", "local", "local_grad"]
+
+
+class Interval(NamedTuple):
+    """Indices ``start ≤ i < stop``."""
+
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        return self.stop - self.start
+
+    @property
+    def slice(self) -> slice:
+        """For indexing."""
+        return slice(self.start, self.stop)
+
+
+@dataclass(eq=False)
+class ColumnFactors(Factors):
+    """P of a layer of whose inputs this rank holds a part: ``mean`` and the rest are cut to it.
+
+    Args:
+        whole: P of all inputs.
+        block: What this rank holds.
+    """
+
+    whole: Factors
+    block: Block
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """What this rank holds of one layer's weight and bias.
+
+    Args:
+        geometry: Of the local weight. Where the whole has several groups, each local row is a group of its own.
+        rows: Which rows of the layer these are, counted through its groups.
+        columns: Which of a row's inputs.
+        whole: The layer's geometry.
+        column_groups: The process groups over which the inputs are split, one after the other.
+        bias: Which rows the local bias belongs to; None without one.
+        bias_groups: The process groups over which the bias is split, if it is not split as the weight's rows are.
+        inputs: Which of the channels a forward call shows: all but in tensor parallel, where inputs are split too.
+        input_groups: The process groups over which they are split.
+    """
+
+    geometry: Rows
+    rows: Interval
+    columns: Interval
+    whole: Rows
+    column_groups: tuple[ProcessGroup, ...]
+    bias: Interval | None
+    bias_groups: tuple[ProcessGroup, ...]
+    inputs: Interval
+    input_groups: tuple[ProcessGroup, ...]
+
+    @property
+    def talks(self) -> bool:
+        """Whether the transforms need what other ranks hold."""
+        return bool(self.column_groups or self.bias_groups)
+
+    @property
+    def seen(self) -> Rows:
+        """The geometry of what a forward call shows."""
+        return Rows(1, self.inputs.size, self.whole.taps) if self.input_groups else self.whole
+
+    def factors(self, f: Factors) -> Factors:
+        """Of the layer's P, what belongs to this block."""
+        if self.talks:
+            at = self.columns.slice
+            return _like(f, ColumnFactors(f.mean[at], f.inv_std[at], f.q2, f.spread, f, self), at)
+        if self.whole.groups == 1:
+            return f
+        each = (self.whole_rows // self.whole.groups) or 1
+        at = torch.arange(self.rows.start, self.rows.stop, device=f.mean.device) // each
+        if self.rows.size < 2:  # one group, or a rank without rows
+            at = at[0] if self.rows.size else at.new_zeros(())
+        return _like(f, Factors(f.mean[at], f.inv_std[at], f.q2, f.spread), at)
+
+    whole_rows: int = 0
+
+
+def _like(f: Factors, cut: Factors, at: Any) -> Factors:
+    """What a bank has prepared is cut, not derived again."""
+    for name in ("scale2", "scale"):
+        if name in f.__dict__:
+            cut.__dict__[name] = f.__dict__[name][at]
+    for name in ("inv_q2", "inv_q"):
+        if name in f.__dict__:
+            cut.__dict__[name] = f.__dict__[name]
+    return cut
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Whether ``tensor`` is sharded or replicated by ``torch.distributed.tensor``."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return False
+    module = sys.modules.get("torch.distributed.tensor")  # whoever has one has imported it
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of ``tensor``, in place; call without gradients."""
+    if not is_dtensor(tensor):
+        return tensor
+    held: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    return held
+
+
+def local_grad(parameter: Tensor) -> Tensor | None:
+    """What this rank holds of the gradient, if it can be changed in place; split as the parameter is."""
+    grad: Any = parameter.grad
+    if grad is None or not is_dtensor(grad):
+        return None if grad is None or grad.layout != torch.strided else grad
+    whole: Any = parameter
+    if is_dtensor(parameter) and grad.placements != whole.placements:  # a sum that nobody has taken yet
+        parameter.grad = grad = grad.redistribute(whole.device_mesh, whole.placements)
+    held = local(grad)
+    return held if held.layout == torch.strided else None
+
+
+def block_of(
+    adapter: ModuleAdapter, rows: Rows, weight: Tensor, bias: Tensor | None, data_parallel: Collection[int] = ()
+) -> Block | str:
+    """What this rank holds of a weight (and its bias) of geometry ``rows``, or why that cannot be preconditioned.
+
+    Args:
+        data_parallel: The dimensions of the weight's mesh over which FSDP splits it: there every rank sees all inputs.
+    """
+    for tensor in (weight, bias):
+        held = None if tensor is None else local(tensor)
+        if held is not None and is_traceable_wrapper_subclass(held):
+            return f"its shard is a {type(held).__name__}, which is not supported"
+    cuts = _cuts(weight)
+    if isinstance(cuts, str):
+        return cuts
+    try:
+        ways = _ways(adapter, rows, weight.shape)
+    except (RuntimeError, ValueError, TypeError) as error:
+        return f"no rule for a shard of it ({type(error).__name__}: {error})"
+    row_mask = torch.ones(ways.rows, dtype=torch.bool)
+    column_mask = torch.ones(rows.fan_in, dtype=torch.bool)
+    seen = column_mask.clone()
+    column_dims: list[int] = []
+    for dim in dict.fromkeys(cut.dim for cut in cuts):
+        along_rows, along_columns = ways.along(dim)
+        mine = [cut for cut in cuts if cut.dim == dim]
+        here = _interval(weight.shape[dim], mine)
+        if not along_columns.any():
+            row_mask &= (along_rows >= here.start) & (along_rows < here.stop)
+        elif not along_rows.any():
+            column_mask &= (along_columns >= here.start) & (along_columns < here.stop)
+            column_dims += [cut.mesh_dim for cut in mine]
+            shown = _interval(weight.shape[dim], [cut for cut in mine if cut.mesh_dim not in data_parallel])
+            seen &= (along_columns >= shown.start) & (along_columns < shown.stop)
+        else:
+            return f"sharded along dimension {dim}, which cuts through rows and inputs"
+    held_rows, columns, inputs = _as_interval(row_mask), _as_interval(column_mask), _as_interval(seen)
+    if held_rows is None or columns is None or inputs is None:
+        return "its shard is no block of rows and inputs"
+    if column_dims and rows.groups > 1:
+        return "sharded along its inputs, of which it has several groups"
+    if any(edge % rows.taps for edge in (*columns, *inputs)):
+        return "its shard cuts through a kernel"
+    bias_rows, bias_dims = None, []
+    if bias is not None:
+        bias_cuts = _cuts(bias)
+        if isinstance(bias_cuts, str):
+            return f"{bias_cuts} (its bias)"
+        bias_rows = _interval(ways.rows, bias_cuts)
+        if bias_rows != held_rows:
+            if rows.groups > 1 or bias_rows.start < held_rows.start or bias_rows.stop > held_rows.stop:
+                return "its bias is sharded otherwise than its rows"
+            bias_dims = [cut.mesh_dim for cut in bias_cuts]
+    channels = columns.size // rows.taps
+    several = rows.groups > 1 and held_rows.size > 1
+    block = Block(
+        geometry=Rows(held_rows.size if several else 1, channels, rows.taps),
+        rows=held_rows,
+        columns=columns,
+        whole=rows,
+        column_groups=_groups(weight, column_dims),
+        bias=bias_rows,
+        bias_groups=() if bias is None else _groups(bias, bias_dims),
+        inputs=Interval(inputs.start // rows.taps, inputs.stop // rows.taps),
+        input_groups=_groups(weight, [d for d in column_dims if d not in data_parallel]),
+        whole_rows=ways.rows,
+    )
+    return _misfit(adapter, block, local(weight)) or block
+
+
+class _Cut(NamedTuple):
+    """Dimension ``dim`` split over ``size`` ranks of mesh dimension ``mesh_dim``, of which this is number ``rank``."""
+
+    dim: int
+    mesh_dim: int
+    size: int
+    rank: int
+
+
+def _cuts(tensor: Tensor) -> list[_Cut] | str:
+    """How a tensor is split, in the order in which it was, or why that is of no use."""
+    if not is_dtensor(tensor):
+        return []
+    sharded: DTensor = tensor  # type: ignore[assignment]
+    mesh = sharded.device_mesh
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        return "not on this rank: it is outside of its device mesh"
+    cuts, strided = [], False
+    for mesh_dim, placement in enumerate(sharded.placements):
+        dim = getattr(placement, "dim", None)
+        if dim is not None:
+            cuts.append(_Cut(dim % tensor.dim(), mesh_dim, mesh.size(mesh_dim), coordinate[mesh_dim]))
+            strided = strided or hasattr(placement, "split_factor")
+        elif not placement.is_replicate():
+            return f"its weight is {placement}, a sum that is still to be taken"
+    # FSDP over tensor parallel splits what tensor parallel has left, though its mesh dimension comes first
+    return cuts[::-1] if strided else cuts
+
+
+def _interval(size: int, cuts: Collection[_Cut]) -> Interval:
+    """What is left of ``size`` after ``cuts``, each into chunks of one size but for the last ones."""
+    start, stop = 0, size
+    for cut in cuts:
+        chunk = -(-(stop - start) // cut.size)
+        start, stop = min(start + cut.rank * chunk, stop), min(start + (cut.rank + 1) * chunk, stop)
+    return Interval(start, stop)
+
+
+def _as_interval(mask: Tensor) -> Interval | None:
+    """The interval that ``mask`` marks, or None."""
+    held = mask.nonzero().flatten()
+    if not held.numel():
+        return Interval(0, 0)
+    interval = Interval(int(held[0]), int(held[-1]) + 1)
+    return interval if interval.size == held.numel() else None
+
+
+class _Ways:
+    """Where in a weight its rows and its inputs lie: read off the strides of the view that the adapter makes."""
+
+    def __init__(self, shape: torch.Size, matrix: Tensor) -> None:
+        matrix = matrix.unsqueeze(0) if matrix.dim() == 2 else matrix
+        self._shape = shape
+        self._row_offsets = _offsets(matrix, (0, 1))
+        self._column_offsets = _offsets(matrix, range(2, matrix.dim()))
+        self.rows = self._row_offsets.numel()
+
+    def along(self, dim: int) -> tuple[Tensor, Tensor]:
+        """The index in dimension ``dim`` of the weight of every row, and of every input."""
+        stride = torch.Size(self._shape[dim + 1 :]).numel()
+        rows, columns = (x // stride % self._shape[dim] for x in (self._row_offsets, self._column_offsets))
+        return rows, columns
+
+
+def _offsets(matrix: Tensor, dims: Collection[int]) -> Tensor:
+    offsets = torch.zeros(1, dtype=torch.int64)
+    for dim in dims:
+        steps = torch.arange(matrix.shape[dim]) * matrix.stride(dim)
+        offsets = (offsets.unsqueeze(1) + steps).flatten()
+    return offsets
+
+
+def _ways(adapter: ModuleAdapter, rows: Rows, shape: torch.Size) -> _Ways:
+    return _Ways(shape, adapter.matrix(rows, torch.empty(shape, device="meta")))
+
+
+def _groups(tensor: Tensor, mesh_dims: Collection[int]) -> tuple[ProcessGroup, ...]:
+    return tuple(tensor.device_mesh.get_group(d) for d in mesh_dims) if mesh_dims else ()  # type: ignore[attr-defined]
+
+
+def _misfit(adapter: ModuleAdapter, block: Block, held: Tensor) -> str | None:
+    """Why the adapter cannot see the local weight as the block, or None."""
+    wanted = block.rows.size * block.columns.size
+    if held.numel() != wanted:
+        return f"its shard has {held.numel()} entries where {block.rows.size} × {block.columns.size} were expected"
+    if not wanted:
+        return None
+    try:
+        matrix = adapter.matrix(block.geometry, torch.empty(held.shape, device="meta"))
+    except (RuntimeError, ValueError) as error:
+        return f"no rule for a shard of it ({type(error).__name__}: {error})"
+    g = block.geometry
+    rows = block.rows.size // g.groups
+    found = (1, *matrix.shape) if matrix.dim() == 2 else (*matrix.shape[:2], matrix.shape[2:].numel())
+    if tuple(found) != (g.groups, rows, g.fan_in):
+        return f"no rule for a shard of it (its matrix has shape {tuple(matrix.shape)})"
+    return None

@@ -1,0 +1,88 @@
+"""Inputs of sharded layers: tensor parallel hands modules ``DTensor``s, of which the samples here are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnp_optim.blocks import Block, is_dtensor
+from bnp_optim.columns import sum_over
+from bnp_optim.layers import ModuleAdapter, Part, Rows, Samples
+from bnp_optim.moments import Moments
+
+__all__ = ["LocalInputs", "widened"]
+
+
+class LocalInputs(ModuleAdapter):
+    """``adapter``, for a module whose weight is sharded: it reads what this rank has of the inputs.
+
+    Args:
+        adapter: The module's.
+        split: Whether the ranks of the weight's mesh have different features of the input.
+    """
+
+    def __init__(self, adapter: ModuleAdapter, split: bool) -> None:
+        self._adapter = adapter
+        self._split = split
+
+    def parts(self, module: nn.Module) -> Sequence[Part]:
+        return self._adapter.parts(module)
+
+    def keep(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+    ) -> tuple[Any, ...] | None:
+        kept = self._adapter.keep(module, args, kwargs, output)
+        return None if kept is None else tuple(self._local(x) if is_dtensor(x) else x for x in kept)
+
+    def _local(self, x: Any) -> Tensor:
+        for placement in x.placements:
+            if placement.is_replicate() or (self._split and placement.is_shard(x.dim() - 1)):
+                continue
+            raise ValueError(
+                f"its input is a DTensor with placement {placement} over the mesh of its weight, so that ranks which "
+                "share the weight see different samples: let data parallel ranks have a mesh dimension of their own"
+            )
+        with torch.no_grad():
+            held: Tensor = x.to_local()
+        return held
+
+    def read(self, module: nn.Module, kept: tuple[Any, ...]) -> Sequence[Samples | None]:
+        return self._adapter.read(module, kept)
+
+    def matrix(self, rows: Rows, weight: Tensor) -> Tensor:
+        return self._adapter.matrix(rows, weight)
+
+    def respond(self, module: nn.Module, values: Tensor, direction: Tensor) -> Tensor:
+        return self._adapter.respond(module, values, direction)
+
+    def correlate(self, module: nn.Module, values: Tensor, response: Tensor) -> Tensor:
+        return self._adapter.correlate(module, values, response)
+
+
+def widened(found: Sequence[Moments | None], blocks: Sequence[Block], homes: Sequence[Tensor]) -> list[Moments | None]:
+    """The moments of all channels, from those of the channels that each rank has seen; one reduction for all layers.
+
+    Args:
+        found: Per layer; None on all ranks or on none.
+        blocks: What this rank holds of each.
+        homes: A tensor per layer, on whose device and of whose dtype the result is.
+    """
+    parts = []
+    for m, block, home in zip(found, blocks, homes, strict=True):
+        part = home.new_zeros(2, block.whole.statistics)
+        if m is not None:
+            part[0, block.inputs.slice] = m.mean.flatten()
+            if m.variance is not None:
+                part[1, block.inputs.slice] = m.variance
+        parts.append(part.flatten())
+    totals = sum_over([block.input_groups for block in blocks], parts)
+    result: list[Moments | None] = []
+    for m, total in zip(found, totals, strict=True):
+        mean, variance = total.view(2, -1)
+        single = m is not None and m.variance is None
+        wide = None if m is None else m._replace(mean=mean[None] if single else mean, variance=None if single else variance)
+        result.append(wide)
+    return result
