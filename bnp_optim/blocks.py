@@ -254,7 +254,7 @@ def _interval(size: int, cuts: Collection[_Cut]) -> Interval:
     for cut in cuts:
         chunk = -(-(stop - start) // cut.size)
         start, stop = min(start + cut.rank * chunk, stop), min(start + (cut.rank + 1) * chunk, stop)
-    return Interval(start, stop)
+    return Interval(start, stop) if start < stop else Interval(0, 0)
 
 
 def _as_interval(mask: Tensor) -> Interval | None:

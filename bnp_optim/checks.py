@@ -13,7 +13,14 @@ from bnp_optim.blocks import is_dtensor
 from bnp_optim.discovery import Layer, SkipRule, clean_name
 from bnp_optim.fsdp import managed_parameters
 
-__all__ = ["check_choice", "check_differentiable", "check_not_sharded_since", "check_number", "check_objects", "checked_skip"]
+__all__ = [
+    "check_choice",
+    "check_differentiable",
+    "check_not_sharded_since",
+    "check_number",
+    "check_objects",
+    "checked_skip",
+]
 
 
 def check_objects(optimizer: Any, model: Any) -> None:

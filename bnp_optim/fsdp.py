@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Managed", "is_fsdp", "managed_parameters", "mesh_infos", "reshard"]
+__all__ = ["Managed", "data_parallel_meshes", "is_fsdp", "managed_parameters", "reshard"]
 
 
 class Managed:
@@ -42,11 +42,9 @@ class Managed:
     @property
     def has_gradient(self) -> bool:
         """Whether any gradient is there, reduced or waiting."""
-        waiting = getattr(self._param, "unsharded_accumulated_grad", None)
-        unsharded = self.unsharded
-        return (
-            self.sharded.grad is not None or waiting is not None or (unsharded is not None and unsharded.grad is not None)
-        )
+        if self.sharded.grad is not None or getattr(self._param, "unsharded_accumulated_grad", None) is not None:
+            return True
+        return self.unsharded is not None and self.unsharded.grad is not None
 
     @property
     def data_parallel_dims(self) -> tuple[int, ...]:
@@ -71,12 +69,12 @@ def managed_parameters(model: nn.Module) -> list[Managed]:
     return [Managed(p) for group in _param_groups(model) for p in group.fsdp_params]
 
 
-def mesh_infos(model: nn.Module) -> list[Any]:
-    """FSDP's meshes, each once: over its ranks the batch is split."""
+def data_parallel_meshes(model: nn.Module) -> list[Any]:
+    """FSDP's device meshes, each once: over its ranks the batch is split."""
     found: list[Any] = []
     for group in _param_groups(model):
-        if all(group.mesh_info.mesh != known.mesh for known in found):
-            found.append(group.mesh_info)
+        if all(group.mesh_info.mesh != known for known in found):
+            found.append(group.mesh_info.mesh)
     return found
 
 

@@ -83,6 +83,10 @@ def widened(found: Sequence[Moments | None], blocks: Sequence[Block], homes: Seq
     for m, total in zip(found, totals, strict=True):
         mean, variance = total.view(2, -1)
         single = m is not None and m.variance is None
-        wide = None if m is None else m._replace(mean=mean[None] if single else mean, variance=None if single else variance)
+        wide = (
+            None
+            if m is None
+            else m._replace(mean=mean[None] if single else mean, variance=None if single else variance)
+        )
         result.append(wide)
     return result

@@ -116,10 +116,13 @@ def steps(model: nn.Module, optimizer: Any, count: int, share: Callable[[Tensor]
         optimizer.step()
 
 
+ALONE: dict[int, Any] = {}  # a group of every rank's own, for runs that share nothing
+
+
 def plain(kind: str, count: int, **options: Any) -> tuple[Everything, BNPreconditioner]:
     """One process on the whole batch."""
     model = built()
-    optimizer = wrapped(model, kind, **options)
+    optimizer = wrapped(model, kind, process_group=ALONE.get(torch.distributed.get_rank()), **options)
     steps(model, optimizer, count, lambda x: x)
     return model, optimizer
 
