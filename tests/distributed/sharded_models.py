@@ -61,6 +61,45 @@ class Everything(nn.Module):
         return self.one(h)
 
 
+class Feedforward(nn.Module):
+    """For tensor parallel: column-wise, then row-wise, with and without bias, and a head that all ranks have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 5)
+        self.up_alone, self.down_alone = nn.Linear(5, 4, bias=False), nn.Linear(4, 3, bias=False)
+        self.head = nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.down(torch.tanh(self.up(x[:, :4]))))
+        return self.head(self.down_alone(torch.relu(self.up_alone(h)))).mean(1)
+
+
+class Attending(nn.Module):
+    """Attention with its packed weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.head = nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.attention(x, x, x, need_weights=False)[0]).mean(1)
+
+
+class Recurrent(nn.Module):
+    """Recurrent layers, one of them stacked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(6, 4, batch_first=True)
+        self.lstm = nn.LSTM(4, 3, num_layers=2, batch_first=True)
+        self.head = nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(self.gru(x)[0])[0][:, -1])
+
+
 def batch(step: int, size: int = 8, dtype: torch.dtype = torch.float64) -> Tensor:
     """(size, 7, 6), with a mean that is not zero."""
     generator = torch.Generator().manual_seed(1000 + step)
@@ -119,9 +158,9 @@ def steps(model: nn.Module, optimizer: Any, count: int, share: Callable[[Tensor]
 ALONE: dict[int, Any] = {}  # a group of every rank's own, for runs that share nothing
 
 
-def plain(kind: str, count: int, **options: Any) -> tuple[Everything, BNPreconditioner]:
+def plain(kind: str, count: int, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[Everything, BNPreconditioner]:
     """One process on the whole batch."""
-    model = built()
+    model = built(dtype=dtype)
     optimizer = wrapped(model, kind, process_group=ALONE.get(torch.distributed.get_rank()), **options)
     steps(model, optimizer, count, lambda x: x)
     return model, optimizer

@@ -1,0 +1,410 @@
+"""What every rank runs for test_sharded.py: ``python -m tests.distributed.sharded_script CHECK...``.
+
+Prints one line of JSON, the answers by check; the first check that fails ends the rank.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from bnp_optim import BNPreconditioner
+from tests.distributed.sharded_models import (
+    ALONE,
+    OPTIMIZERS,
+    Attending,
+    Conv1D,
+    Everything,
+    Feedforward,
+    Recurrent,
+    batch,
+    built,
+    full_weights,
+    loss_of,
+    plain,
+    steps,
+    worst,
+    wrapped,
+)
+
+CHECKS: dict[str, Callable[[], Any]] = {}
+STEPS = 50
+
+
+def check(function: Callable[[], Any]) -> Callable[[], Any]:
+    CHECKS[function.__name__] = function
+    return function
+
+
+def mine(x: Tensor) -> Tensor:
+    return x[dist.get_rank() :: dist.get_world_size()]
+
+
+def digest(model: nn.Module) -> str:
+    """The same if and only if all parameters are, to the last bit."""
+    whole = b"".join(p.contiguous().view(torch.uint8).numpy().tobytes() for p in full_weights(model).values())
+    return hashlib.sha256(whole).hexdigest()
+
+
+def sharded(model: nn.Module, mesh: Any = None, **options: Any) -> nn.Module:
+    """In several units; nested ones, of a container, and of a single layer."""
+    for name, child in model.named_children():
+        if name in ("conv", "stored", "no_bias", "up"):
+            fully_shard(child, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+def statistics_differ(found: BNPreconditioner, expected: BNPreconditioner) -> float:
+    """The largest difference of means and variances; the counts must be equal."""
+    mine, theirs = found.statistics, expected.statistics
+    assert mine.keys() == theirs.keys()
+    assert all(mine[k].count == theirs[k].count for k in theirs), {k: int(mine[k].count) for k in theirs}
+    pairs = [(getattr(mine[k], what), getattr(v, what)) for k, v in theirs.items() for what in ("mean", "variance")]
+    return max(float((a - b).abs().max()) for a, b in pairs)
+
+
+@check
+def fsdp() -> Any:
+    answers = {}
+    for i, kind in enumerate(OPTIMIZERS):
+        model = sharded(built(), reshard_after_forward=i % 2 == 0)
+        optimizer = wrapped(model, kind)
+        steps(model, optimizer, STEPS, mine)
+        reference, alone = plain(kind, STEPS)
+        answers[kind] = {
+            "from_plain": worst(full_weights(model), full_weights(reference)),
+            "statistics": statistics_differ(optimizer, alone),
+            "moved": worst(full_weights(model), full_weights(built())),
+            "digest": digest(model),
+            "preconditioned": len(optimizer.coverage().preconditioned),
+            "of_plain": len(alone.coverage().preconditioned),
+        }
+    return answers
+
+
+@check
+def float32() -> Any:
+    model = sharded(built(dtype=torch.float32))
+    optimizer = wrapped(model, "SGD")
+    steps(model, optimizer, STEPS, mine)
+    reference, _ = plain("SGD", STEPS, dtype=torch.float32)
+    return worst(full_weights(model), full_weights(reference))
+
+
+@check
+def accumulation() -> Any:
+    """Two micro-batches are one batch; with the reduction of each, of the last alone, and with clipping."""
+    reference = built()
+    alone = wrapped(reference, "SGD", process_group=ALONE[dist.get_rank()])
+    answers = {}
+    for kind in ("every", "last", "unsharded", "bfloat16"):
+        policy = {"mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)} if kind == "bfloat16" else {}
+        model = sharded(built(), **policy)
+        optimizer = wrapped(model, "SGD")
+        if kind == "unsharded":
+            model.set_reshard_after_backward(False)
+        for step in range(5):
+            for p in model.parameters():  # not by the optimizer, which so must see it
+                p.grad = None
+            x = mine(batch(step, 16))
+            for half in range(2):
+                if kind in ("last", "bfloat16"):
+                    model.set_requires_gradient_sync(half == 1)
+                (loss_of(model, x[half::2]) / 2).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+            if kind == "unsharded":
+                model.reshard()
+            with torch.no_grad():
+                model(x)  # leaves the root unsharded
+                model.reshard()
+        answers[kind] = full_weights(model), {k: int(s.count) for k, s in optimizer.statistics.items()}
+    for step in range(5):
+        alone.zero_grad()
+        loss_of(reference, batch(step, 16)).backward()
+        nn.utils.clip_grad_norm_(reference.parameters(), 0.1)
+        alone.step()
+    expected, counts = full_weights(reference), {k: int(s.count) for k, s in alone.statistics.items()}
+    return {kind: [worst(found, expected), n == counts] for kind, (found, n) in answers.items()}
+
+
+@check
+def unsharded_at_step() -> Any:
+    """Between backward and step the parameters are gathered again: the optimizer's are the sharded ones all the same."""
+    answers = []
+    for gathered in (False, True):
+        model = sharded(built())
+        if gathered:
+            model.unshard()  # as the wrapper is built, too
+        optimizer = wrapped(model, "AdamW")
+        for step in range(5):
+            optimizer.zero_grad()
+            loss_of(model, mine(batch(step))).backward()
+            if gathered:
+                model.unshard()
+            optimizer.step()
+            covered = len(optimizer.coverage().preconditioned)
+            if gathered:
+                model.reshard()
+        answers.append((full_weights(model), covered))
+    return [worst(answers[1][0], answers[0][0]), answers[1][1], answers[0][1]]
+
+
+@check
+def mixed_precision() -> Any:
+    """Inputs and parameters are bfloat16 while the model runs; statistics are not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    fully_shard(model, mp_policy=policy)
+    optimizer = BNPreconditioner(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    x = batch(0, dtype=torch.float32)[:, 0] + 100
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(mine(x)).float().square().mean().backward()
+        optimizer.step()
+    seen, found = x.bfloat16().double(), optimizer.statistics["0"]
+    return {
+        "dtype": str(found.mean.dtype),
+        "mean": float((found.mean - seen.mean(0)).abs().max() / 100),
+        "variance": float((found.variance / seen.var(0, correction=0) - 1).abs().max()),
+        "finite": all(bool(w.isfinite().all()) for w in full_weights(model).values()),
+    }
+
+
+@check
+def meta() -> Any:
+    """Built on the meta device, wrapped, then given memory and values."""
+    with torch.device("meta"):
+        model = Everything().double()
+    sharded(model)
+    optimizer = wrapped(model, "AdamW")
+    model.to_empty(device="cpu")
+    source = built()
+    for p, q in zip(model.parameters(), source.parameters(), strict=True):
+        p.detach().copy_(torch.distributed.tensor.distribute_tensor(q.detach(), p.device_mesh, p.placements))
+    steps(model, optimizer, 5, mine)
+    return worst(full_weights(model), full_weights(plain("AdamW", 5)[0]))
+
+
+@check
+def sharded_after_wrapping() -> Any:
+    model = built()
+    optimizer = wrapped(model, "SGD")
+    sharded(model)
+    before = digest(model)
+    loss_of(model, mine(batch(0))).backward()
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return [str(error), before == digest(model)]
+    return ["no error", False]
+
+
+@check
+def replaced_in_the_groups() -> Any:
+    """As accelerate does it: the model is sharded after wrapping, and the optimizer's groups get its new parameters."""
+    model = built()
+    optimizer = wrapped(model, "SGD")
+    names = [n for n, _ in model.named_parameters()]
+    sharded(model)
+    new = dict(model.named_parameters())
+    optimizer.param_groups[0]["params"] = [new[n] for n in names]
+    steps(model, optimizer, 5, mine)
+    return worst(full_weights(model), full_weights(plain("SGD", 5)[0]))
+
+
+@check
+def other_layers() -> Any:
+    """Attention's packed weight, recurrent layers, weights sharded along another dimension."""
+    answers = {}
+    for kind in (Attending, Recurrent):
+        found = []
+        for share in (True, False):
+            torch.manual_seed(0)
+            model = kind().double()
+            group = None if share else ALONE[dist.get_rank()]
+            if share:
+                fully_shard(model)
+            optimizer = BNPreconditioner(torch.optim.AdamW(model.parameters(), lr=0.01), model, process_group=group)
+            steps(model, optimizer, 10, mine if share else lambda x: x)
+            found.append((full_weights(model), len(optimizer.coverage().preconditioned)))
+        answers[kind.__name__] = [worst(found[0][0], found[1][0]), found[0][1], found[1][1]]
+    for optimizer_kind in ("SGD", "AdamW"):
+        model = built()
+        fully_shard(model, shard_placement_fn=lambda p: Shard(1) if p.dim() > 1 and p.shape[1] > 1 else Shard(0))
+        optimizer = wrapped(model, optimizer_kind)
+        steps(model, optimizer, 10, mine)
+        difference = worst(full_weights(model), full_weights(plain(optimizer_kind, 10)[0]))
+        passed = [row.name for row in optimizer.coverage() if "sharded along" in row.why]
+        answers["Shard(1), " + optimizer_kind] = [difference, passed]
+    return answers
+
+
+def parallel(model: nn.Module, mesh: Any) -> nn.Module:
+    plan = {"up": ColwiseParallel(), "down": RowwiseParallel(), "up_alone": ColwiseParallel()}
+    parallelize_module(model, mesh, plan | {"down_alone": RowwiseParallel()})
+    return model
+
+
+def feedforward(kind: str, prepare: Callable[[nn.Module], nn.Module], share: Any, **options: Any) -> Any:
+    torch.manual_seed(0)
+    model = prepare(Feedforward().double())
+    optimizer = wrapped(model, kind, **options)
+    steps(model, optimizer, STEPS, share)
+    return model, optimizer
+
+
+@check
+def tensor_parallel() -> Any:
+    """All ranks see the same samples, which count once."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    answers = {}
+    for kind in ("SGD", "AdamW", "two-sided momentum"):
+        model, optimizer = feedforward(kind, lambda m: parallel(m, mesh), lambda x: x)
+        reference, alone = feedforward(kind, lambda m: m, lambda x: x, process_group=ALONE[dist.get_rank()])
+        answers[kind] = {
+            "from_plain": worst(full_weights(model), full_weights(reference)),
+            "statistics": statistics_differ(optimizer, alone),
+            "digest": digest(model),
+            "preconditioned": len(optimizer.coverage().preconditioned),
+            "of_plain": len(alone.coverage().preconditioned),
+            "synchronization": optimizer.synchronization is None,
+        }
+    try:
+        wrapped(model, "spectral")
+        answers["spectral"] = "no error"
+    except ValueError as error:
+        answers["spectral"] = str(error)
+    return answers
+
+
+@check
+def batch_sharded_inputs() -> Any:
+    """Ranks that share a weight see different samples: that layer is not measured, and it is said."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4))
+    torch.distributed.tensor.distribute_module(model, mesh)
+    optimizer = BNPreconditioner(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    x = torch.distributed.tensor.distribute_tensor(batch(0, dtype=torch.float32)[:, 0], mesh, [Shard(0)])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model(x).square().mean().backward()
+        optimizer.step()
+    return [str(w.message) for w in caught if "could not read" in str(w.message)]
+
+
+@check
+def muon() -> Any:
+    if not hasattr(torch.optim, "Muon"):
+        return 0.0
+
+    def train(model: nn.Module, share: Any, **options: Any) -> dict[str, Tensor]:
+        matrices = [p for p in model.parameters() if p.dim() == 2]
+        optimizer = BNPreconditioner(torch.optim.Muon(matrices, lr=0.01), model, **options)
+        steps(model, optimizer, 3, share)
+        return full_weights(model)
+
+    torch.manual_seed(0)
+    model = fully_shard(nn.Sequential(nn.Flatten(), nn.Linear(42, 5), nn.Tanh(), nn.Linear(5, 1)))
+    torch.manual_seed(0)
+    reference = nn.Sequential(nn.Flatten(), nn.Linear(42, 5), nn.Tanh(), nn.Linear(5, 1))
+    return worst(train(model, mine), train(reference, lambda x: x, process_group=ALONE[dist.get_rank()]))
+
+
+@check
+def two_dimensions() -> Any:
+    """Four ranks as 2 × 2: replicas of shards, and FSDP over tensor parallel; and what the meshes do not tell."""
+    answers = {}
+    replicas = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    for kind in ("SGD", "AdamW"):
+        model = sharded(built(), replicas)
+        optimizer = wrapped(model, kind)
+        steps(model, optimizer, STEPS, mine)
+        reference, alone = plain(kind, STEPS)
+        answers["HSDP, " + kind] = {
+            "from_plain": worst(full_weights(model), full_weights(reference)),
+            "statistics": statistics_differ(optimizer, alone),
+            "digest": digest(model),
+        }
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    row = mesh["dp"].get_local_rank()
+    for kind in ("SGD", "AdamW", "two-sided momentum"):
+        both = lambda m: fully_shard(parallel(m, mesh["tp"]), mesh=mesh["dp"])
+        model, optimizer = feedforward(kind, both, lambda x: x[row::2])
+        reference, alone = feedforward(kind, lambda m: m, lambda x: x, process_group=ALONE[dist.get_rank()])
+        answers["FSDP × TP, " + kind] = {
+            "from_plain": worst(full_weights(model), full_weights(reference)),
+            "statistics": statistics_differ(optimizer, alone),
+            "digest": digest(model),
+            "preconditioned": len(optimizer.coverage().preconditioned),
+            "of_plain": len(alone.coverage().preconditioned),
+        }
+    torch.manual_seed(0)
+    model = parallel(Feedforward().double(), mesh["tp"])
+    optimizer = wrapped(model, "SGD")
+    before = digest(model)
+    loss_of(model, batch(0)).backward()
+    try:
+        optimizer.step()
+        answers["ambiguous"] = ["no error", False]
+    except ValueError as error:
+        answers["ambiguous"] = [str(error), before == digest(model)]
+    ddp = lambda m: _averaging(parallel(m, mesh["tp"]), mesh["dp"].get_group())
+    model, optimizer = feedforward("SGD", ddp, lambda x: x[row::2], process_group=mesh["dp"].get_group())
+    reference, _ = feedforward("SGD", lambda m: m, lambda x: x, process_group=ALONE[dist.get_rank()])
+    answers["given"] = worst(full_weights(model), full_weights(reference))
+    return answers
+
+
+def _averaging(model: nn.Module, group: Any) -> nn.Module:
+    """Data parallel by hand, since DistributedDataParallel takes no DTensors."""
+
+    def average(p: Tensor) -> None:
+        grad = p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad
+        dist.all_reduce(grad, group=group)
+        grad.div_(group.size())
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(average)
+    return model
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=40))
+    for rank in range(dist.get_world_size()):
+        ALONE[rank] = dist.new_group([rank])
+    answers: dict[str, Any] = {}
+    for name in sys.argv[1:]:
+        try:
+            answers[name] = CHECKS[name]()
+        except Exception:
+            answers[name] = {"failed": traceback.format_exc()}
+            break
+    print(json.dumps(answers), flush=True)
+    if not any(isinstance(a, dict) and "failed" in a for a in answers.values()):
+        dist.barrier()
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads would not let a rank go whose partner has failed
+
+
+if __name__ == "__main__":
+    main()
