@@ -66,6 +66,7 @@ class Block:
         rows: Which rows of the layer these are, counted through its groups.
         columns: Which of a row's inputs.
         whole: The layer's geometry.
+        whole_rows: How many rows that has.
         column_groups: The process groups over which the inputs are split, one after the other.
         bias: Which rows the local bias belongs to; None without one.
         bias_groups: The process groups over which the bias is split, if it is not split as the weight's rows are.
@@ -77,6 +78,7 @@ class Block:
     rows: Interval
     columns: Interval
     whole: Rows
+    whole_rows: int
     column_groups: tuple[ProcessGroup, ...]
     bias: Interval | None
     bias_groups: tuple[ProcessGroup, ...]
@@ -96,8 +98,8 @@ class Block:
     def factors(self, f: Factors) -> Factors:
         """Of the layer's P, what belongs to this block."""
         if self.talks:
-            at = self.columns.slice
-            return _like(f, ColumnFactors(f.mean[at], f.inv_std[at], f.q2, f.spread, f, self), at)
+            cut = self.columns.slice
+            return _like(f, ColumnFactors(f.mean[cut], f.inv_std[cut], f.q2, f.spread, f, self), cut)
         if self.whole.groups == 1:
             return f
         each = (self.whole_rows // self.whole.groups) or 1
@@ -105,8 +107,6 @@ class Block:
         if self.rows.size < 2:  # one group, or a rank without rows
             at = at[0] if self.rows.size else at.new_zeros(())
         return _like(f, Factors(f.mean[at], f.inv_std[at], f.q2, f.spread), at)
-
-    whole_rows: int = 0
 
 
 def _like(f: Factors, cut: Factors, at: Any) -> Factors:
@@ -167,53 +167,54 @@ def block_of(
         ways = _ways(adapter, rows, weight.shape)
     except (RuntimeError, ValueError, TypeError) as error:
         return f"no rule for a shard of it ({type(error).__name__}: {error})"
-    row_mask = torch.ones(ways.rows, dtype=torch.bool)
-    column_mask = torch.ones(rows.fan_in, dtype=torch.bool)
-    seen = column_mask.clone()
+    held = Interval(0, ways.rows)
+    columns = seen = Interval(0, rows.fan_in)
+    row_dims: list[int] = []
     column_dims: list[int] = []
+    split_inputs: list[int] = []
+    alike = True
     for dim in dict.fromkeys(cut.dim for cut in cuts):
         along_rows, along_columns = ways.along(dim)
         mine = [cut for cut in cuts if cut.dim == dim]
-        here = _interval(weight.shape[dim], mine)
-        if not along_columns.any():
-            row_mask &= (along_rows >= here.start) & (along_rows < here.stop)
-        elif not along_rows.any():
-            column_mask &= (along_columns >= here.start) & (along_columns < here.stop)
-            column_dims += [cut.mesh_dim for cut in mine]
-            shown = _interval(weight.shape[dim], [cut for cut in mine if cut.mesh_dim not in data_parallel])
-            seen &= (along_columns >= shown.start) & (along_columns < shown.stop)
+        shown = [cut for cut in mine if cut.mesh_dim not in data_parallel]
+        here, there = (_interval(weight.shape[dim], some) for some in (mine, shown))
+        if not along_columns.any() and not row_dims and _is_sorted(along_rows):
+            held = _where(along_rows, here)
+            row_dims = [cut.mesh_dim for cut in mine]
+            alike = weight.shape[dim] == ways.rows
+        elif not along_rows.any() and not column_dims and _is_sorted(along_columns, rows.taps):
+            columns, seen = _where(along_columns, here), _where(along_columns, there)
+            column_dims = [cut.mesh_dim for cut in mine]
+            split_inputs = [cut.mesh_dim for cut in shown]
         else:
-            return f"sharded along dimension {dim}, which cuts through rows and inputs"
-    held_rows, columns, inputs = _as_interval(row_mask), _as_interval(column_mask), _as_interval(seen)
-    if held_rows is None or columns is None or inputs is None:
-        return "its shard is no block of rows and inputs"
+            return f"sharded along dimension {dim}, which leaves no block of rows and inputs"
     if column_dims and rows.groups > 1:
         return "sharded along its inputs, of which it has several groups"
-    if any(edge % rows.taps for edge in (*columns, *inputs)):
-        return "its shard cuts through a kernel"
+    # NOTE: what follows from this rank's own share alone would differ between ranks, which must act alike
     bias_rows, bias_dims = None, []
     if bias is not None:
         bias_cuts = _cuts(bias)
         if isinstance(bias_cuts, str):
             return f"{bias_cuts} (its bias)"
         bias_rows = _interval(ways.rows, bias_cuts)
-        if bias_rows != held_rows:
-            if rows.groups > 1 or bias_rows.start < held_rows.start or bias_rows.stop > held_rows.stop:
-                return "its bias is sharded otherwise than its rows"
-            bias_dims = [cut.mesh_dim for cut in bias_cuts]
+        bias_dims = [cut.mesh_dim for cut in bias_cuts]
+        if row_dims and not (alike and bias_dims == row_dims):
+            return "its bias is sharded otherwise than its rows"
+        if rows.groups > 1 and bias_dims != row_dims:
+            return "its bias is sharded, but not its rows"
     channels = columns.size // rows.taps
-    several = rows.groups > 1 and held_rows.size > 1
+    several = rows.groups > 1 and held.size > 1
     block = Block(
-        geometry=Rows(held_rows.size if several else 1, channels, rows.taps),
-        rows=held_rows,
+        geometry=Rows(held.size if several else 1, channels, rows.taps),
+        rows=held,
         columns=columns,
         whole=rows,
+        whole_rows=ways.rows,
         column_groups=_groups(weight, column_dims),
         bias=bias_rows,
-        bias_groups=() if bias is None else _groups(bias, bias_dims),
-        inputs=Interval(inputs.start // rows.taps, inputs.stop // rows.taps),
-        input_groups=_groups(weight, [d for d in column_dims if d not in data_parallel]),
-        whole_rows=ways.rows,
+        bias_groups=_groups(bias, [] if row_dims else bias_dims),
+        inputs=Interval(seen.start // rows.taps, seen.stop // rows.taps),
+        input_groups=_groups(weight, split_inputs),
     )
     return _misfit(adapter, block, local(weight)) or block
 
@@ -257,13 +258,15 @@ def _interval(size: int, cuts: Collection[_Cut]) -> Interval:
     return Interval(start, stop) if start < stop else Interval(0, 0)
 
 
-def _as_interval(mask: Tensor) -> Interval | None:
-    """The interval that ``mask`` marks, or None."""
-    held = mask.nonzero().flatten()
-    if not held.numel():
-        return Interval(0, 0)
-    interval = Interval(int(held[0]), int(held[-1]) + 1)
-    return interval if interval.size == held.numel() else None
+def _is_sorted(index: Tensor, each: int = 1) -> bool:
+    """Whether ``index`` never falls, and rises only after multiples of ``each``: any cut then leaves intervals."""
+    return bool((index.diff() >= 0).all()) and bool((index.view(-1, each) == index.view(-1, each)[:, :1]).all())
+
+
+def _where(index: Tensor, here: Interval) -> Interval:
+    """At which places a rising ``index`` is in ``here``."""
+    found = Interval(*torch.searchsorted(index, torch.tensor(here)).tolist())
+    return found if found.size else Interval(0, 0)
 
 
 class _Ways:
@@ -295,8 +298,8 @@ def _ways(adapter: ModuleAdapter, rows: Rows, shape: torch.Size) -> _Ways:
     return _Ways(shape, adapter.matrix(rows, torch.empty(shape, device="meta")))
 
 
-def _groups(tensor: Tensor, mesh_dims: Collection[int]) -> tuple[ProcessGroup, ...]:
-    return tuple(tensor.device_mesh.get_group(d) for d in mesh_dims) if mesh_dims else ()  # type: ignore[attr-defined]
+def _groups(tensor: Tensor | None, mesh_dims: Collection[int]) -> tuple[ProcessGroup, ...]:
+    return tuple(tensor.device_mesh.get_group(d) for d in mesh_dims) if tensor is not None and mesh_dims else ()  # type: ignore[attr-defined]
 
 
 def _misfit(adapter: ModuleAdapter, block: Block, held: Tensor) -> str | None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from bnp_optim.discovery import Layer, clean_name
+from bnp_optim.fsdp import managed_parameters
 from bnp_optim.tracking import Tracker
 
 __all__ = ["Coverage", "CoverageRow", "coverage_of"]
@@ -76,7 +77,9 @@ def coverage_of(model: nn.Module, tracker: Tracker, groups: Iterable[dict[str, A
     owned = {id(p) for group in groups for p in group["params"]}
     role: dict[int, str] = {}
     waiting: dict[int, str] = {}
-    names = {id(p): clean_name(name) for name, p in model.named_parameters()}
+    sharded = {id(m.unsharded): m.sharded for m in managed_parameters(model) if m.unsharded is not None}
+    parameters = [(clean_name(name), sharded.get(id(p), p)) for name, p in model.named_parameters()]
+    names = {id(p): name for name, p in parameters}
     for layer in tracker.layers:
         weight, bias = layer.weight, layer.bias
         if weight is None or id(weight) not in owned or not weight.requires_grad:
@@ -91,11 +94,11 @@ def coverage_of(model: nn.Module, tracker: Tracker, groups: Iterable[dict[str, A
         if bias is not None and takes_part:
             role[id(bias)] = f"P, with {names.get(id(weight), layer.name)}"
     rows = []
-    for name, p in model.named_parameters():
+    for name, p in parameters:
         shape = () if is_lazy(p) else tuple(p.shape)
         why = role.get(id(p)) or waiting.get(id(p)) or _why_not(p, tracker, owned)
-        rows.append(CoverageRow(clean_name(name), shape, id(p) in role, why))
-    known = {id(p) for p in model.parameters()}
+        rows.append(CoverageRow(name, shape, id(p) in role, why))
+    known = names.keys()
     for g, group in enumerate(groups):
         for i, p in enumerate(group["params"]):
             if id(p) not in known:

@@ -152,6 +152,11 @@ class Intake:
 
     def move(self, device: torch.device, dtype: torch.dtype) -> None:
         """Follow the layer to another device or dtype."""
+        if self.traced_counts.is_meta:  # a model that was built without memory has it now
+            self.traced_counts, self.traced_mean, self.traced_m2 = (
+                torch.zeros_like(x, device=device, dtype=dtype)
+                for x in (self.traced_counts, self.traced_mean, self.traced_m2)
+            )
         self.traced_counts = self.traced_counts.to(device, dtype)
         self.traced_mean = self.traced_mean.to(device, dtype)
         self.traced_m2 = self.traced_m2.to(device, dtype)

@@ -35,7 +35,13 @@ class LocalInputs(ModuleAdapter):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
     ) -> tuple[Any, ...] | None:
         kept = self._adapter.keep(module, args, kwargs, output)
-        return None if kept is None else tuple(self._local(x) if is_dtensor(x) else x for x in kept)
+        if kept is None:
+            return None
+        kept = tuple(self._local(x) if is_dtensor(x) else x for x in kept)
+        if self._adapter.uses_weights:
+            with torch.no_grad():
+                return (self._adapter.read(module, kept),)
+        return kept
 
     def _local(self, x: Any) -> Tensor:
         for placement in x.placements:
@@ -50,7 +56,7 @@ class LocalInputs(ModuleAdapter):
         return held
 
     def read(self, module: nn.Module, kept: tuple[Any, ...]) -> Sequence[Samples | None]:
-        return self._adapter.read(module, kept)
+        return kept[0] if self._adapter.uses_weights else self._adapter.read(module, kept)
 
     def matrix(self, rows: Rows, weight: Tensor) -> Tensor:
         return self._adapter.matrix(rows, weight)

@@ -328,8 +328,10 @@ class Tracker:
         snapshots = {layer: self.snapshot(layer) for layer in self.ready}
         before = self._places
         self._settle([place.intake for place in before.values()])
-        for layer, place in self._places.items():
+        for i, (layer, place) in enumerate(self._places.items()):
             place.live = before[layer].live
+            if place.intake.direction is not None and place.intake.direction.is_meta:
+                place.intake.direction = self._initial_direction(i, *statistics_home(layer))
             place.intake.move(*statistics_home(layer))
         for layer, snapshot in snapshots.items():
             self.restore(layer, snapshot)

@@ -94,6 +94,8 @@ class Samples(NamedTuple):
 class ModuleAdapter(ABC):
     """How one family of modules maps onto rows × inputs. Stateless; one instance serves every module."""
 
+    uses_weights: bool = False  # whether read() does, which FSDP has taken away by the time of the backward pass
+
     @abstractmethod
     def parts(self, module: nn.Module) -> Sequence[Part]:
         """The weights of ``module`` that multiply inputs which can be had, and their geometry."""

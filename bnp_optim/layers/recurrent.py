@@ -53,6 +53,8 @@ class RecurrentAdapter(ModuleAdapter):
     one layer needs none of that.
     """
 
+    uses_weights = True
+
     def parts(self, module: nn.Module) -> Sequence[Part]:
         rnn = cast(nn.RNNBase, module)
         hidden, directions = _hidden_size(rnn), _directions(rnn)

@@ -118,7 +118,7 @@ def built(seed: int = 0, dtype: torch.dtype = torch.float64) -> Everything:
 
 
 OPTIMIZERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
-    "SGD": (lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9), {}),
+    "SGD": (lambda p: torch.optim.SGD(p, lr=0.005, momentum=0.9), {}),
     "AdamW": (lambda p: torch.optim.AdamW(p, lr=0.01), {}),
     "two-sided momentum": (
         lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9, weight_decay=0.01),
@@ -158,7 +158,9 @@ def steps(model: nn.Module, optimizer: Any, count: int, share: Callable[[Tensor]
 ALONE: dict[int, Any] = {}  # a group of every rank's own, for runs that share nothing
 
 
-def plain(kind: str, count: int, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[Everything, BNPreconditioner]:
+def plain(
+    kind: str, count: int, dtype: torch.dtype = torch.float64, **options: Any
+) -> tuple[Everything, BNPreconditioner]:
     """One process on the whole batch."""
     model = built(dtype=dtype)
     optimizer = wrapped(model, kind, process_group=ALONE.get(torch.distributed.get_rank()), **options)

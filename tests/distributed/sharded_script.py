@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -78,6 +78,18 @@ def statistics_differ(found: BNPreconditioner, expected: BNPreconditioner) -> fl
     return max(float((a - b).abs().max()) for a, b in pairs)
 
 
+def unshard(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+
+
+def reshard(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 @check
 def fsdp() -> Any:
     answers = {}
@@ -126,13 +138,10 @@ def accumulation() -> Any:
                 if kind in ("last", "bfloat16"):
                     model.set_requires_gradient_sync(half == 1)
                 (loss_of(model, x[half::2]) / 2).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 0.1)
             optimizer.step()
             if kind == "unsharded":
-                model.reshard()
-            with torch.no_grad():
-                model(x)  # leaves the root unsharded
-                model.reshard()
+                reshard(model)
         answers[kind] = full_weights(model), {k: int(s.count) for k, s in optimizer.statistics.items()}
     for step in range(5):
         alone.zero_grad()
@@ -149,18 +158,19 @@ def unsharded_at_step() -> Any:
     answers = []
     for gathered in (False, True):
         model = sharded(built())
+        base = torch.optim.AdamW(model.parameters(), lr=0.01)
         if gathered:
-            model.unshard()  # as the wrapper is built, too
-        optimizer = wrapped(model, "AdamW")
+            unshard(model)  # as the wrapper is built, too
+        optimizer = BNPreconditioner(base, model)
+        reshard(model)
         for step in range(5):
             optimizer.zero_grad()
             loss_of(model, mine(batch(step))).backward()
             if gathered:
-                model.unshard()
+                unshard(model)
             optimizer.step()
             covered = len(optimizer.coverage().preconditioned)
-            if gathered:
-                model.reshard()
+            reshard(model)
         answers.append((full_weights(model), covered))
     return [worst(answers[1][0], answers[0][0]), answers[1][1], answers[0][1]]
 
@@ -247,7 +257,7 @@ def other_layers() -> Any:
         answers[kind.__name__] = [worst(found[0][0], found[1][0]), found[0][1], found[1][1]]
     for optimizer_kind in ("SGD", "AdamW"):
         model = built()
-        fully_shard(model, shard_placement_fn=lambda p: Shard(1) if p.dim() > 1 and p.shape[1] > 1 else Shard(0))
+        fully_shard(model, shard_placement_fn=lambda p: Shard(1) if p.dim() > 1 and p.shape[1] % 2 == 0 else Shard(0))
         optimizer = wrapped(model, optimizer_kind)
         steps(model, optimizer, 10, mine)
         difference = worst(full_weights(model), full_weights(plain(optimizer_kind, 10)[0]))
@@ -317,15 +327,23 @@ def muon() -> Any:
 
     def train(model: nn.Module, share: Any, **options: Any) -> dict[str, Tensor]:
         matrices = [p for p in model.parameters() if p.dim() == 2]
-        optimizer = BNPreconditioner(torch.optim.Muon(matrices, lr=0.01), model, **options)
-        steps(model, optimizer, 3, share)
+        optimizer = torch.optim.Muon(matrices, lr=0.01)
+        if options["wrap"]:
+            optimizer = BNPreconditioner(optimizer, model, process_group=options["group"])
+        steps(model, optimizer, 5, share)
         return full_weights(model)
 
-    torch.manual_seed(0)
-    model = fully_shard(nn.Sequential(nn.Flatten(), nn.Linear(42, 5), nn.Tanh(), nn.Linear(5, 1)))
-    torch.manual_seed(0)
-    reference = nn.Sequential(nn.Flatten(), nn.Linear(42, 5), nn.Tanh(), nn.Linear(5, 1))
-    return worst(train(model, mine), train(reference, lambda x: x, process_group=ALONE[dist.get_rank()]))
+    answers = []
+    for wrap in (True, False):
+        found = []
+        for alone in (False, True):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Flatten(), nn.Linear(42, 6), nn.Tanh(), nn.Linear(6, 4))
+            group = ALONE[dist.get_rank()] if alone else None
+            model = model if alone else fully_shard(model)
+            found.append(train(model, (lambda x: x) if alone else mine, wrap=wrap, group=group))
+        answers.append(worst(*found))
+    return answers
 
 
 @check
