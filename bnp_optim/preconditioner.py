@@ -18,7 +18,14 @@ from bnp_optim.application import CompiledTransforms, apply_to_all, gradient_tas
 from bnp_optim.around import AroundOptimizer
 from bnp_optim.bases import enter, leave, traits_of
 from bnp_optim.checkpoint import is_rehearsal, merge, split
-from bnp_optim.checks import check_choice, check_differentiable, check_number, check_objects, checked_skip
+from bnp_optim.checks import (
+    check_after_backward,
+    check_choice,
+    check_differentiable,
+    check_number,
+    check_objects,
+    checked_skip,
+)
 from bnp_optim.coverage import Coverage, coverage_of
 from bnp_optim.discovery import SkipRule
 from bnp_optim.distributed import Ranks, Synchronization, checked_group
@@ -81,7 +88,8 @@ class BNPreconditioner(AroundOptimizer):
 
     Raises:
         TypeError: if ``optimizer`` is no optimizer, is already a BNPreconditioner or calls the loss itself; if
-            ``model`` is no module or contains ``nn.DataParallel``; if an option is of the wrong type.
+            ``model`` is no module or contains ``nn.DataParallel``; if an option is of the wrong type; if FSDP1,
+            DeepSpeed or an optimizer inside backward has the parameters.
         ValueError: if an option is out of its range, a name in ``skip`` fits no module, or the base was built with
             ``differentiable=True``.
     """
@@ -200,6 +208,7 @@ class BNPreconditioner(AroundOptimizer):
         Args:
             closure: Computes the loss and its gradients; run once, with gradients enabled. Returned is its result.
         """
+        check_after_backward()
         loss = None
         if closure is not None:
             with torch.enable_grad():
