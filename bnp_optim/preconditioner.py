@@ -169,10 +169,8 @@ class BNPreconditioner(AroundOptimizer):
         self._about |= {key: settings[key] for key in ("stat_interval", "compiled")}
         self._apply = CompiledTransforms() if settings["compiled"] else apply_to_all
         self._z = ZCoordinates(optimizer, self._traits, self._apply)
-        self._progress = {
-            "steps": 0,
-            "rehearsed": 0,
-        }  # an object: clients copy our __dict__ and must see the same count
+        # an object: clients copy our __dict__ and must see the same count
+        self._progress = {"steps": 0, "started": 0}
         self._warned: set[str] = set()
         self._tracking: dict[str, Any] = {"tracker": None, "restore": {}}
 
@@ -239,8 +237,8 @@ class BNPreconditioner(AroundOptimizer):
             finally:
                 tracker.release()
             leave(self.base_optimizer)
+        self._progress["started"] = 1
         if rehearsal:
-            self._progress["rehearsed"] = 1
             return loss
         self._progress["steps"] += 1
         tracker.gate.due = self._measures_next()
@@ -286,7 +284,7 @@ class BNPreconditioner(AroundOptimizer):
 
     def coverage(self) -> Coverage:
         """Per parameter: preconditioned or passed through, and why. ``print(optimizer.coverage())``."""
-        return coverage_of(self._model, self._tracker, self.param_groups, started=self._progress["steps"] > 0)
+        return coverage_of(self._model, self._tracker, self.param_groups, started=self._progress["started"] > 0)
 
     @property
     def synchronization(self) -> Synchronization | None:
@@ -309,7 +307,9 @@ class BNPreconditioner(AroundOptimizer):
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        state_dict = merge(self.base_optimizer.state_dict(), self.param_groups, self._tracker, **self._progress)
+        steps, started = self._progress["steps"] % self._settings["stat_interval"], self._progress["started"] > 0
+        base = self.base_optimizer.state_dict()
+        state_dict = merge(base, self.param_groups, self._tracker, steps=steps, started=started)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = post_hook(self, state_dict) or state_dict
         return state_dict
@@ -330,7 +330,7 @@ class BNPreconditioner(AroundOptimizer):
         self._tracker.reset()
         for layer, snapshot in loaded.snapshots.items():
             self._tracker.restore(layer, snapshot)
-        self._progress["steps"] = loaded.steps
+        self._progress |= {"steps": loaded.steps, "started": int(bool(loaded.snapshots))}
         self._tracker.gate.due = self._measures_next()
         if loaded.foreign:
             self._advise([COLD])
@@ -345,13 +345,13 @@ class BNPreconditioner(AroundOptimizer):
             "options": self._options,
             "settings": self._settings,
             "ranks": self._ranks,
-            "steps": self._progress["steps"],
+            "progress": dict(self._progress),
             "statistics": {layer.name: tracker.snapshot(layer) for layer in tracker.layers if layer in tracker.ready},
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._setup(*(state[key] for key in ("base_optimizer", "model", "options", "settings", "ranks")))
-        self._progress["steps"] = state["steps"]
+        self._progress |= state["progress"]
         self._tracking["restore"] = state["statistics"]
         if "_modules" in state["model"].__dict__:
             _ = self._tracker  # hooks from the copy's first forward on

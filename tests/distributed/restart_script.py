@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,9 @@ def load(kind: str, folder: Path, how: str) -> tuple[nn.Module, BNPreconditioner
         optimizer.load_state_dict(saved["optimizer"])
     else:
         states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-        dcp.load(states, checkpoint_id=folder / "dcp", no_dist=not dist.is_initialized())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process loads
+            dcp.load(states, checkpoint_id=folder / "dcp")
         set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
     return model, optimizer
 
