@@ -55,10 +55,8 @@ def merge(
 ) -> dict[str, Any]:
     """The base's ``state_dict()`` with the statistics in it; ``base`` is not changed.
 
-    Args:
-        steps: Since the last one at which ``stat_interval`` was due: 0 unless that is above 1, since
-            torch.distributed.checkpoint drops what is not of a parameter.
-        started: Whether the base has taken a step, of the training or not.
+    ``steps`` are modulo ``stat_interval``, hence 0 unless that is above 1: torch.distributed.checkpoint drops what
+    belongs to no parameter. ``started`` says whether the base has taken a step, be it not of the training.
     """
     state = {key: dict(value) if isinstance(value, dict) else value for key, value in base["state"].items()}
     index = _indices(groups)

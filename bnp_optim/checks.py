@@ -9,12 +9,13 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from bnp_optim.bases import needs_closure
+from bnp_optim.bases import is_zero, needs_closure
 from bnp_optim.discovery import SkipRule, clean_name
 
 __all__ = [
     "check_after_backward",
     "check_choice",
+    "check_decay",
     "check_differentiable",
     "check_number",
     "check_objects",
@@ -29,6 +30,11 @@ def check_objects(optimizer: Any, model: Any) -> None:
         raise TypeError(
             f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}: build it first, such as "
             "torch.optim.SGD(model.parameters(), lr=0.1)"
+        )
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        raise TypeError(
+            f"optimizer {type(optimizer).__name__} was made without torch.optim.Optimizer.__init__, so no hooks can be "
+            "put on it: wrap the optimizer that it holds, such as PostLocalSGDOptimizer(BNPreconditioner(...), averager)"
         )
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: pass the module, not its output")
@@ -66,6 +72,15 @@ def check_engines(optimizer: Any, model: Any) -> None:
         raise TypeError(
             "optimizer holds parameters that are stepped inside backward (_apply_optimizer_in_backward), where a "
             "layer's gradients are never all there: let the optimizer step after backward"
+        )
+
+
+def check_decay(optimizer: Optimizer, form: str) -> None:
+    """Refuse the base whose weight decay cannot be told apart from its step."""
+    if is_zero(optimizer) and form == "two_sided" and any(g.get("weight_decay", 0) for g in optimizer.param_groups):
+        raise ValueError(
+            "optimizer is a ZeroRedundancyOptimizer with weight_decay, which in the two-sided form would decay "
+            "preconditioned coordinates: set weight_decay=0, use mode='gradient', or shard with fully_shard instead"
         )
 
 

@@ -21,6 +21,7 @@ from bnp_optim.checkpoint import is_rehearsal, merge, split
 from bnp_optim.checks import (
     check_after_backward,
     check_choice,
+    check_decay,
     check_differentiable,
     check_number,
     check_objects,
@@ -91,7 +92,7 @@ class BNPreconditioner(AroundOptimizer):
             ``model`` is no module or contains ``nn.DataParallel``; if an option is of the wrong type; if FSDP1,
             DeepSpeed or an optimizer inside backward has the parameters.
         ValueError: if an option is out of its range, a name in ``skip`` fits no module, or the base was built with
-            ``differentiable=True``.
+            ``differentiable=True``, or is a ZeroRedundancyOptimizer whose weight decay the two-sided form cannot see.
     """
 
     def __init__(
@@ -135,6 +136,7 @@ class BNPreconditioner(AroundOptimizer):
             Ranks(checked_group(process_group)),
         )
         try:
+            check_decay(optimizer, self._form)
             check_differentiable(optimizer, has_layers=bool(self._tracker.layers))
             self._advise(at_the_door(optimizer, model, self._traits, self._form, self._tracker))
         except (ValueError, Warning):  # warnings may be errors: leave the model as it was

@@ -8,13 +8,19 @@ import json
 import pickle
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState, post_localSGD_hook
+from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.optim import PostLocalSGDOptimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnp_optim import BNPreconditioner
@@ -378,6 +384,52 @@ def checkpoints_by_one_rank(rank: int, world: int) -> Any:
             saved = get_optimizer_state_dict(model, optimizer)
     steps = optimizer._progress["steps"]
     return [steps, saved is None or "bnp_mean" in saved["state"]["0.weight"], same_everywhere(flat(model))]
+
+
+@check
+def other_engines(rank: int, world: int) -> Any:
+    """ZeroRedundancyOptimizer inside the wrapper, PostLocalSGDOptimizer around it, FSDP1 refused."""
+    found: dict[str, Any] = {}
+    zero = dist.optim.ZeroRedundancyOptimizer
+    bases: dict[str, tuple[Any, dict[str, Any]]] = {
+        "SGD": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1}),
+        "AdamW": (torch.optim.AdamW, {"lr": 3e-3, "weight_decay": 0.0}),
+    }
+    for name, (cls, options) in bases.items():
+        model, single = build(), build()
+        optimizer = wrap(model, lambda p, c=cls, o=options: zero(p, optimizer_class=c, **o))
+        reference = wrap(single, lambda p, c=cls, o=options: c(p, **o), process_group=training.alone)
+        front = parallel(model)
+        for parts in batches(20, 4, lambda step: [4] * world):
+            shared(parts, front, optimizer)
+            joined(parts, single, reference)
+        found[name] = [same_everywhere(flat(model)), float((flat(model) - flat(single)).abs().max()), optimizer._form]
+        base: Any = optimizer.base_optimizer
+        base.consolidate_state_dict(to=0)
+        if rank == 0:
+            wrap(build(), lambda p, c=cls, o=options: c(p, **o)).load_state_dict(optimizer.state_dict())
+    found["decay"] = message(lambda: wrap(build(), lambda p: zero(p, torch.optim.AdamW, lr=0.1, weight_decay=0.1)))
+
+    model = build()
+    averager = PeriodicModelAverager(period=4, warmup_steps=5)
+    found["inside"] = message(lambda: BNPreconditioner(PostLocalSGDOptimizer(sgd(model.parameters()), averager), model))
+    outside = PostLocalSGDOptimizer(wrap(model), averager)
+    front = parallel(model)
+    hook = PostLocalSGDState(process_group=None, subgroup=training.alone, start_localSGD_iter=5)
+    front.register_comm_hook(hook, post_localSGD_hook)
+    found["averaged"] = []
+    for parts in batches(14, 4, lambda step: [4] * world):
+        shared(parts, front, outside)
+        found["averaged"].append(same_everywhere(flat(model)))
+
+    for whole in (True, False):
+        inner = build("wide")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            outer = FullyShardedDataParallel(inner, use_orig_params=whole, device_id=torch.device("cpu"))
+        base = sgd(outer.parameters())
+        found[f"FSDP1, {whole}"] = [message(partial(BNPreconditioner, base, m)) for m in (outer, inner)]
+    return found
 
 
 @check

@@ -112,7 +112,7 @@ def test_ranks_that_differ_get_the_same_error(ranks: list[dict[str, Any]]) -> No
             "option": f"ranks differ in stat_decay: rank 0 has 0.99, rank {last} has 0.9",
             "base": f"ranks differ in the base: rank 0 has 'SGD', rank {last} has 'AdamW'",
             "dtype": "ranks differ in layer '0': rank 0 has Linear (3, 4) torch.float32 on cpu",
-            "checkpoint": f"ranks differ in steps: rank 0 has 0, rank {last} has 1",
+            "checkpoint": "ranks differ in statistics of layer '0': rank 0 has 0 observations",
             "another model": "parameter group that doesn't match",
         }.items():
             assert said[key].startswith("ValueError") and expected in said[key], said[key]
@@ -140,6 +140,19 @@ def test_join_is_refused(ranks: list[dict[str, Any]]) -> None:
 
 def test_one_rank_may_save(ranks: list[dict[str, Any]]) -> None:
     assert found(ranks, "checkpoints_by_one_rank") == [[6, True, True]] * len(ranks)
+
+
+def test_other_engines(ranks: list[dict[str, Any]]) -> None:
+    for rank in found(ranks, "other_engines"):
+        for base, form in (("SGD", "gradient"), ("AdamW", "two_sided")):
+            same, distance, found_form = rank[base]
+            assert same and distance < 1e-6 and found_form == form, base
+        assert rank["decay"].startswith("ValueError: optimizer is a ZeroRedundancyOptimizer with weight_decay")
+        assert rank["inside"].startswith("TypeError: optimizer PostLocalSGDOptimizer")
+        assert rank["averaged"] == [True] * 6 + [False] * 3 + [True] + [False] * 3 + [True]
+        for said in (*rank["FSDP1, True"], *rank["FSDP1, False"]):
+            assert said.startswith("TypeError: model is wrapped in FullyShardedDataParallel (FSDP1)")
+            assert "fully_shard" in said
 
 
 def test_which_group(ranks: list[dict[str, Any]]) -> None:
