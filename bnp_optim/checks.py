@@ -34,7 +34,7 @@ def check_objects(optimizer: Any, model: Any) -> None:
     if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
         raise TypeError(
             f"optimizer {type(optimizer).__name__} was made without torch.optim.Optimizer.__init__, so no hooks can be "
-            "put on it: wrap the optimizer that it holds, such as PostLocalSGDOptimizer(BNPreconditioner(...), averager)"
+            "put on it: wrap the optimizer that it holds, as in PostLocalSGDOptimizer(BNPreconditioner(...), averager)"
         )
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: pass the module, not its output")
