@@ -157,9 +157,9 @@ def block_of(
         data_parallel: The dimensions of the weight's mesh over which FSDP splits it: there every rank sees all inputs.
     """
     for tensor in (weight, bias):
-        held = None if tensor is None else local(tensor)
-        if held is not None and is_traceable_wrapper_subclass(held):
-            return f"its shard is a {type(held).__name__}, which is not supported"
+        inner = None if tensor is None else local(tensor)
+        if inner is not None and is_traceable_wrapper_subclass(inner):
+            return f"its shard is a {type(inner).__name__}, which is not supported"
     cuts = _cuts(weight)
     if isinstance(cuts, str):
         return cuts

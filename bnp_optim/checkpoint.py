@@ -29,7 +29,7 @@ class Loaded(NamedTuple):
     Args:
         base: What the base optimizer loads.
         snapshots: Statistics by layer.
-        steps: Steps taken, for ``stat_interval``; 0 if the checkpoint does not say.
+        steps: Steps taken, modulo ``stat_interval``; 0 if the checkpoint does not say.
         foreign: Whether it looks like a checkpoint of the plain base, without a trace of statistics.
     """
 
@@ -52,12 +52,16 @@ def is_rehearsal(groups: Iterable[dict[str, Any]]) -> bool:
 
 
 def merge(
-    base: Mapping[str, Any], groups: Iterable[dict[str, Any]], tracker: Tracker, steps: int, rehearsed: int
+    base: Mapping[str, Any], groups: Iterable[dict[str, Any]], tracker: Tracker, *, steps: int, started: bool
 ) -> dict[str, Any]:
-    """The base's ``state_dict()`` with the statistics in it; ``base`` is not changed."""
+    """The base's ``state_dict()`` with the statistics in it; ``base`` is not changed.
+
+    ``steps`` are modulo ``stat_interval``, hence 0 unless that is above 1: torch.distributed.checkpoint drops what
+    belongs to no parameter. ``started`` says whether the base has taken a step, be it not of the training.
+    """
     state = {key: dict(value) if isinstance(value, dict) else value for key, value in base["state"].items()}
     index = _indices(groups)
-    stateless = not state and (steps > 0 or rehearsed > 0)
+    stateless = not state and started
     for layer in tracker.layers:
         weight = layer.weight
         if weight is None or id(weight) not in index:

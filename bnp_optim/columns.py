@@ -150,9 +150,10 @@ def _whole_biases(slabs: Sequence[_Slab]) -> list[Tensor | None]:
     split = [i for i, slab in enumerate(slabs) if slab.block.bias_groups and slab.bias is not None]
     parts = []
     for i in split:
-        slab = slabs[i]
+        slab, bias = slabs[i], biases[i]
         part = slab.work.new_zeros(slab.block.rows.size)
-        part[slab.kept] = slab.bias
+        if bias is not None:
+            part[slab.kept] = bias
         parts.append(part)
     for i, whole in zip(split, sum_over([slabs[i].block.bias_groups for i in split], parts), strict=True):
         biases[i] = whole
@@ -175,6 +176,6 @@ def sum_over(groups: Sequence[tuple[Any, ...]], parts: Sequence[Tensor]) -> list
         flat = torch.cat([parts[i] for i in members])
         for group in key:
             torch.distributed.all_reduce(flat, group=group)
-        for i, total in zip(members, flat.split([parts[i].numel() for i in members]), strict=True):
+        for i, total in zip(members, torch.split(flat, [parts[i].numel() for i in members]), strict=True):
             result[i] = total
     return result

@@ -131,7 +131,7 @@ class DeviceLedger:
         self._masses = torch.zeros(layers, dtype=dtype, device=device)
         self._new = self._counts, self._masses
         self._samples = torch.ones(layers, dtype=dtype, device=device)
-        self._observations = torch.zeros(layers, dtype=dtype, device=device)
+        self._observations = torch.zeros(layers, dtype=torch.int64, device=device)
         self._written: list[tuple[int | Tensor, int | Tensor] | None] = [(1, 0)] * layers
         self.touched: Tensor | None = self._counts > 0
 
@@ -150,7 +150,7 @@ class DeviceLedger:
                 self._written[i] = now
         self.touched = touched = self._observations > 0
         masses = torch.where(touched, self._decay * self._masses + 1, self._masses)
-        self._new = self._counts + self._observations.to(torch.int64), masses
+        self._new = self._counts + self._observations, masses
         # a mass is at least 1 where there are samples
         gain = touched / masses.clamp(min=1) if self._debias else touched * (1 - self._decay)
         gain = gain.unsqueeze(1).to(masses.dtype)

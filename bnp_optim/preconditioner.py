@@ -18,7 +18,15 @@ from bnp_optim.application import CompiledTransforms, apply_to_all, gradient_tas
 from bnp_optim.around import AroundOptimizer
 from bnp_optim.bases import enter, leave, traits_of
 from bnp_optim.checkpoint import is_rehearsal, merge, split
-from bnp_optim.checks import check_choice, check_differentiable, check_number, check_objects, checked_skip
+from bnp_optim.checks import (
+    check_after_backward,
+    check_choice,
+    check_decay,
+    check_differentiable,
+    check_number,
+    check_objects,
+    checked_skip,
+)
 from bnp_optim.columns import over_columns
 from bnp_optim.coverage import Coverage, coverage_of
 from bnp_optim.discovery import SkipRule
@@ -82,9 +90,10 @@ class BNPreconditioner(AroundOptimizer):
 
     Raises:
         TypeError: if ``optimizer`` is no optimizer, is already a BNPreconditioner or calls the loss itself; if
-            ``model`` is no module or contains ``nn.DataParallel``; if an option is of the wrong type.
+            ``model`` is no module or contains ``nn.DataParallel``; if an option is of the wrong type; if FSDP1,
+            DeepSpeed or an optimizer inside backward has the parameters.
         ValueError: if an option is out of its range, a name in ``skip`` fits no module, or the base was built with
-            ``differentiable=True``.
+            ``differentiable=True``, or is a ZeroRedundancyOptimizer whose weight decay the two-sided form cannot see.
     """
 
     def __init__(
@@ -128,6 +137,7 @@ class BNPreconditioner(AroundOptimizer):
             Ranks(checked_group(process_group)),
         )
         try:
+            check_decay(optimizer, self._form)
             check_differentiable(optimizer, has_layers=bool(self._tracker.layers))
             self._advise(at_the_door(optimizer, model, self._traits, self._form, self._tracker))
         except (ValueError, Warning):  # warnings may be errors: leave the model as it was
@@ -162,10 +172,8 @@ class BNPreconditioner(AroundOptimizer):
         self._about |= {key: settings[key] for key in ("stat_interval", "compiled")}
         self._apply = CompiledTransforms() if settings["compiled"] else apply_to_all
         self._z = ZCoordinates(optimizer, self._traits, self._apply)
-        self._progress = {
-            "steps": 0,
-            "rehearsed": 0,
-        }  # an object: clients copy our __dict__ and must see the same count
+        # an object: clients copy our __dict__ and must see the same count
+        self._progress = {"steps": 0, "started": 0}
         self._warned: set[str] = set()
         self._tracking: dict[str, Any] = {"tracker": None, "restore": {}}
 
@@ -201,6 +209,7 @@ class BNPreconditioner(AroundOptimizer):
         Args:
             closure: Computes the loss and its gradients; run once, with gradients enabled. Returned is its result.
         """
+        check_after_backward()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -232,8 +241,8 @@ class BNPreconditioner(AroundOptimizer):
             finally:
                 tracker.release()
             leave(self.base_optimizer)
+        self._progress["started"] = 1
         if rehearsal:
-            self._progress["rehearsed"] = 1
             return loss
         self._progress["steps"] += 1
         tracker.gate.due = self._measures_next()
@@ -279,7 +288,7 @@ class BNPreconditioner(AroundOptimizer):
 
     def coverage(self) -> Coverage:
         """Per parameter: preconditioned or passed through, and why. ``print(optimizer.coverage())``."""
-        return coverage_of(self._model, self._tracker, self.param_groups, started=self._progress["steps"] > 0)
+        return coverage_of(self._model, self._tracker, self.param_groups, started=self._progress["started"] > 0)
 
     @property
     def synchronization(self) -> Synchronization | None:
@@ -302,7 +311,9 @@ class BNPreconditioner(AroundOptimizer):
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        state_dict = merge(self.base_optimizer.state_dict(), self.param_groups, self._tracker, **self._progress)
+        steps, started = self._progress["steps"] % self._settings["stat_interval"], self._progress["started"] > 0
+        base = self.base_optimizer.state_dict()
+        state_dict = merge(base, self.param_groups, self._tracker, steps=steps, started=started)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = post_hook(self, state_dict) or state_dict
         return state_dict
@@ -323,7 +334,7 @@ class BNPreconditioner(AroundOptimizer):
         self._tracker.reset()
         for layer, snapshot in loaded.snapshots.items():
             self._tracker.restore(layer, snapshot)
-        self._progress["steps"] = loaded.steps
+        self._progress |= {"steps": loaded.steps, "started": int(bool(loaded.snapshots))}
         self._tracker.gate.due = self._measures_next()
         if loaded.foreign:
             self._advise([COLD])
@@ -338,13 +349,13 @@ class BNPreconditioner(AroundOptimizer):
             "options": self._options,
             "settings": self._settings,
             "ranks": self._ranks,
-            "steps": self._progress["steps"],
+            "progress": dict(self._progress),
             "statistics": {layer.name: tracker.snapshot(layer) for layer in tracker.layers if layer in tracker.ready},
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._setup(*(state[key] for key in ("base_optimizer", "model", "options", "settings", "ranks")))
-        self._progress["steps"] = state["steps"]
+        self._progress |= state["progress"]
         self._tracking["restore"] = state["statistics"]
         if "_modules" in state["model"].__dict__:
             _ = self._tracker  # hooks from the copy's first forward on

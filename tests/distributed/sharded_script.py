@@ -5,10 +5,12 @@ Prints one line of JSON, the answers by check; the first check that fails ends t
 
 from __future__ import annotations
 
+import copy
 import datetime
 import hashlib
 import json
 import os
+import pickle
 import sys
 import traceback
 import warnings
@@ -18,9 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from bnp_optim import BNPreconditioner
@@ -28,7 +37,6 @@ from tests.distributed.sharded_models import (
     ALONE,
     OPTIMIZERS,
     Attending,
-    Conv1D,
     Everything,
     Feedforward,
     Recurrent,
@@ -154,7 +162,7 @@ def accumulation() -> Any:
 
 @check
 def unsharded_at_step() -> Any:
-    """Between backward and step the parameters are gathered again: the optimizer's are the sharded ones all the same."""
+    """Between backward and step parameters are gathered again: the optimizer's are the sharded ones all the same."""
     answers = []
     for gathered in (False, True):
         model = sharded(built())
@@ -364,8 +372,9 @@ def two_dimensions() -> Any:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     row = mesh["dp"].get_local_rank()
     for kind in ("SGD", "AdamW", "two-sided momentum"):
-        both = lambda m: fully_shard(parallel(m, mesh["tp"]), mesh=mesh["dp"])
-        model, optimizer = feedforward(kind, both, lambda x: x[row::2])
+        model, optimizer = feedforward(
+            kind, lambda m: fully_shard(parallel(m, mesh["tp"]), mesh=mesh["dp"]), lambda x: x[row::2]
+        )
         reference, alone = feedforward(kind, lambda m: m, lambda x: x, process_group=ALONE[dist.get_rank()])
         answers["FSDP × TP, " + kind] = {
             "from_plain": worst(full_weights(model), full_weights(reference)),
@@ -384,11 +393,116 @@ def two_dimensions() -> Any:
         answers["ambiguous"] = ["no error", False]
     except ValueError as error:
         answers["ambiguous"] = [str(error), before == digest(model)]
-    ddp = lambda m: _averaging(parallel(m, mesh["tp"]), mesh["dp"].get_group())
-    model, optimizer = feedforward("SGD", ddp, lambda x: x[row::2], process_group=mesh["dp"].get_group())
+    group = mesh["dp"].get_group()
+    model, optimizer = feedforward(
+        "SGD", lambda m: _averaging(parallel(m, mesh["tp"]), group), lambda x: x[row::2], process_group=group
+    )
     reference, _ = feedforward("SGD", lambda m: m, lambda x: x, process_group=ALONE[dist.get_rank()])
     answers["given"] = worst(full_weights(model), full_weights(reference))
     return answers
+
+
+@check
+def checkpoints() -> Any:
+    """Saved by these ranks, loaded by them, and by one alone; the plain model's loaded by these."""
+    folder, answers = os.environ["CHECKPOINTS"], {}
+    for kind in ("SGD", "AdamW", "spectral"):
+        model = sharded(built())
+        optimizer = wrapped(model, kind)
+        steps(model, optimizer, 5, mine)
+        optimizer.zero_grad()
+        path = f"{folder}/{kind}"
+        dcp.save(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True)), checkpoint_id=path)
+        whole = get_optimizer_state_dict(
+            model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+        )
+        here, resumed = started(sharded(built(1)), kind, path)
+        steps(model, optimizer, 5, mine, first=5)
+        steps(here, resumed, 5, mine, first=5)
+        alone, single = built(1), None
+        if dist.get_rank() == 0:
+            alone, single = started(alone, kind, path, process_group=ALONE[0], no_dist=True)
+            steps(alone, single, 5, lambda x: x, first=5)
+        reference, plainly = plain(kind, 5)
+        plainly.zero_grad()
+        if dist.get_rank() == 0:
+            states = dict(zip(("model", "optimizer"), get_state_dict(reference, plainly), strict=True))
+            dcp.save(states, checkpoint_id=path + "-one", no_dist=True)
+        dist.barrier()
+        there, spread = started(sharded(built(1)), kind, path + "-one")
+        steps(reference, plainly, 5, lambda x: x, first=5)
+        steps(there, spread, 5, mine, first=5)
+        answers[kind] = {
+            "same_ranks": digest(here) == digest(model) and statistics_differ(resumed, optimizer) == 0,
+            "to_one": worst(full_weights(alone), full_weights(model)) if single is not None else 0.0,
+            "from_one": worst(full_weights(there), full_weights(reference)),
+            "shapes": sorted({tuple(v["bnp_mean"].shape) for v in whole["state"].values() if "bnp_mean" in v}),
+        }
+    return answers
+
+
+@check
+def checkpoint_of_two() -> Any:
+    """With another number of ranks than the one that saved it."""
+    answers = {}
+    for kind in ("SGD", "AdamW", "spectral"):
+        model, optimizer = started(sharded(built(1)), kind, f"{os.environ['CHECKPOINTS']}/{kind}")
+        steps(model, optimizer, 5, mine, first=5)
+        answers[kind] = worst(full_weights(model), full_weights(plain(kind, 10)[0]))
+    return answers
+
+
+def started(model: nn.Module, kind: str, path: str, no_dist: bool = False, **options: Any) -> Any:
+    """Loaded from a checkpoint."""
+    optimizer = wrapped(model, kind, **options)
+    states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    dcp.load(states, checkpoint_id=path, no_dist=no_dist)
+    set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
+    return model, optimizer
+
+
+@check
+def verify_state_dict() -> Any:
+    """torch's own checks of distributed state dicts."""
+    from torch.testing._internal.common_utils import TestCase
+    from torch.testing._internal.distributed.common_state_dict import VerifyStateDictMixin
+
+    class Verify(TestCase, VerifyStateDictMixin):
+        def runTest(self) -> None: ...
+
+    verify = Verify()
+    for kind in ("SGD", "AdamW", "spectral"):
+        reference, plainly = plain(kind, 3)
+        model = sharded(built())
+        optimizer = wrapped(model, kind)
+        steps(model, optimizer, 3, mine)
+        optimizer.zero_grad()
+        plainly.zero_grad()
+        for options in (StateDictOptions(), StateDictOptions(full_state_dict=True)):
+            model_state, state = get_state_dict(model, optimizer, options=options)
+            verify._verify_msd(reference.state_dict(), model_state, options)
+            verify._verify_osd(reference, plainly, plainly.state_dict(), state)
+        model_state, state = get_state_dict(model, optimizer)
+        fresh = sharded(built(1))
+        verify._verify_osd_by_load(fresh, optimizer, wrapped(fresh, kind), copy.deepcopy(state))
+    return True
+
+
+@check
+def reports() -> Any:
+    """repr, coverage and statistics as ever; copies end in FSDP's own error."""
+    model = sharded(built())
+    optimizer = wrapped(model, "SGD")
+    steps(model, optimizer, 1, mine)
+    errors = []
+    for make in (copy.deepcopy, pickle.dumps):
+        try:
+            make(optimizer)
+            errors.append("none")
+        except Exception as error:
+            errors.append(f"{type(error).__name__}: {error}")
+    rows = {row.name: [list(row.shape), row.why] for row in optimizer.coverage()}
+    return {"repr": repr(optimizer), "rows": rows, "width": optimizer.statistics["flat"].mean.shape[0], "copies": errors}
 
 
 def _averaging(model: nn.Module, group: Any) -> nn.Module:
