@@ -2,8 +2,8 @@
 
 A weight is cut along one of its dimensions per dimension of the device mesh. Seen as rows × inputs, a cut goes either
 between rows (FSDP2 and column-wise tensor parallel on a ``Linear``), and then P acts on what is here alone; or
-between inputs (row-wise tensor parallel, FSDP2 on transformers' ``Conv1D``), and then each row's product with μ is a sum
-over ranks.
+between inputs (row-wise tensor parallel, FSDP2 on transformers' ``Conv1D``), and then each row's product with μ is a
+sum over ranks.
 """
 
 from __future__ import annotations
@@ -154,6 +154,10 @@ def block_of(
     """What this rank holds of a weight (and its bias) of geometry ``rows``, or why that cannot be preconditioned.
 
     Args:
+        adapter: Of the layer's module.
+        rows: The whole weight's geometry.
+        weight: The weight, which is a ``DTensor`` if ``bias`` is none.
+        bias: The bias, or None.
         data_parallel: The dimensions of the weight's mesh over which FSDP splits it: there every rank sees all inputs.
     """
     for tensor in (weight, bias):

@@ -17,6 +17,7 @@ from bnp_optim.fsdp import managed_parameters
 __all__ = [
     "check_after_backward",
     "check_choice",
+    "check_copies",
     "check_decay",
     "check_differentiable",
     "check_not_sharded_since",
@@ -50,6 +51,15 @@ def check_objects(optimizer: Any, model: Any) -> None:
         raise TypeError(
             "model contains nn.DataParallel, which trains replicas that no hook can follow: train on one device, "
             "with the module inside it (model.module)"
+        )
+
+
+def check_copies(model: nn.Module) -> None:
+    """Refuse to copy or pickle what FSDP cannot, which says so less clearly."""
+    if managed_parameters(model):
+        raise TypeError(
+            "a model under fully_shard cannot be copied or pickled, and so neither can its optimizer: use state dicts "
+            "(torch.distributed.checkpoint.state_dict.get_state_dict)"
         )
 
 

@@ -130,10 +130,12 @@ class ShardedLayer(Layer):
 
     @property
     def geometry(self) -> Rows:
+        """See :class:`Layer`."""
         return self.block.geometry
 
     @property
     def weight(self) -> Tensor | None:
+        """The sharded weight; None if the modules no longer share one of the shape that was found."""
         weight = self._shared(0)
         if weight is None or weight.shape != self.shape or not (is_dtensor(weight) or is_dtensor(self.bias)):
             return None
@@ -141,6 +143,7 @@ class ShardedLayer(Layer):
 
     @property
     def outgrown(self) -> bool:
+        """See :class:`Layer`."""
         return self._shared(0) is not None  # asked only where there is no weight as it was found
 
     def _shared(self, which: int) -> Tensor | None:

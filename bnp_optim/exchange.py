@@ -74,7 +74,7 @@ class Exchange:
         self._received = {dtype: self._all[:, a:b].view(dtype) for dtype, (a, b) in spans.items()}
         self._written: list[int | None] = [0] * self._sent[torch.int64].numel()
         self._layer_of_channel = {
-            dtype: torch.tensor([i for i in members for _ in range(self._places[i].layer.rows.statistics)], dtype=torch.int64)
+            dtype: torch.tensor([i for i in members for _ in range(self._channels(i))], dtype=torch.int64)
             .to(self._device)
             for dtype, members in self._members.items()
         }  # fmt: skip
@@ -86,9 +86,10 @@ class Exchange:
 
     def _length(self, i: int) -> int:
         direction = self._directions[i]
-        return 2 * self._places[i].layer.rows.statistics + (
-            0 if direction is None else direction.numel() + len(direction)
-        )
+        return 2 * self._channels(i) + (0 if direction is None else direction.numel() + len(direction))
+
+    def _channels(self, i: int) -> int:
+        return self._places[i].layer.rows.statistics  # of which a forward call may show a part: tensor parallel
 
     def __call__(self, batches: Batches, status: int = WELL) -> tuple[list[int], Shared | None]:
         """Gather and merge; the merged projections are left in the places.
@@ -166,7 +167,7 @@ class Exchange:
         members = self._members[dtype]
         if not members:
             return []
-        sizes = [self._places[i].layer.rows.statistics for i in members]
+        sizes = [self._channels(i) for i in members]
         received = self._received[dtype]
         means, variances = received[:, : sum(sizes)], received[:, sum(sizes) : 2 * sum(sizes)]
         share = share.index_select(1, self._layer_of_channel[dtype])
@@ -180,7 +181,7 @@ class Exchange:
         at = dict.fromkeys(_DTYPES, 0)
         sums: dict[torch.dtype, Tensor] = {}
         for dtype, members in self._members.items():
-            start = 2 * sum(self._places[i].layer.rows.statistics for i in members)
+            start = 2 * sum(self._channels(i) for i in members)
             sums[dtype] = self._received[dtype][:, start:].sum(0)
         row = 0
         for place, direction in zip(self._places, self._directions, strict=True):

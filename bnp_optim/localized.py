@@ -29,11 +29,13 @@ class LocalInputs(ModuleAdapter):
         self._split = split
 
     def parts(self, module: nn.Module) -> Sequence[Part]:
+        """See :class:`ModuleAdapter`."""
         return self._adapter.parts(module)
 
     def keep(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
     ) -> tuple[Any, ...] | None:
+        """See :class:`ModuleAdapter`."""
         kept = self._adapter.keep(module, args, kwargs, output)
         if kept is None:
             return None
@@ -56,15 +58,19 @@ class LocalInputs(ModuleAdapter):
         return held
 
     def read(self, module: nn.Module, kept: tuple[Any, ...]) -> Sequence[Samples | None]:
+        """See :class:`ModuleAdapter`."""
         return kept[0] if self._adapter.uses_weights else self._adapter.read(module, kept)
 
     def matrix(self, rows: Rows, weight: Tensor) -> Tensor:
+        """See :class:`ModuleAdapter`."""
         return self._adapter.matrix(rows, weight)
 
     def respond(self, module: nn.Module, values: Tensor, direction: Tensor) -> Tensor:
+        """See :class:`ModuleAdapter`."""
         return self._adapter.respond(module, values, direction)
 
     def correlate(self, module: nn.Module, values: Tensor, response: Tensor) -> Tensor:
+        """See :class:`ModuleAdapter`."""
         return self._adapter.correlate(module, values, response)
 
 

@@ -21,6 +21,7 @@ from bnp_optim.checkpoint import is_rehearsal, merge, split
 from bnp_optim.checks import (
     check_after_backward,
     check_choice,
+    check_copies,
     check_decay,
     check_differentiable,
     check_number,
@@ -342,6 +343,7 @@ class BNPreconditioner(AroundOptimizer):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
+        check_copies(self._model)
         tracker = self._tracker
         return {
             "base_optimizer": self.base_optimizer,

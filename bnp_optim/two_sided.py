@@ -48,6 +48,8 @@ class ZCoordinates:
         """One step of the base with the parameters of ``layers`` seen as z.
 
         Args:
+            base_step: The base's bare step.
+            layers: Those with a gradient, and their P.
             sharded: Whether some of them are.
         """
         group_of = {id(p): group for group in self._base.param_groups for p in group["params"]}
