@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from tests.distributed.launching import answers, on_linux
 
 pytest.importorskip("torch.distributed.fsdp", reason="needs torch.distributed")
-pytestmark = on_linux
+pytestmark = [on_linux, pytest.mark.timeout(300)]
 TWO = (
     "fsdp",
     "float32",
@@ -41,13 +42,16 @@ def two(folder: Path) -> list[dict[str, Any]]:
     """What each of two ranks found."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CHECKPOINTS", str(folder))
-        return answers("sharded_script", *TWO, limit=110)
+        verify = ("verify_state_dict",) if importlib.util.find_spec("expecttest") else ()
+        return answers("sharded_script", *TWO, *verify, limit=280)
 
 
 @pytest.fixture(scope="module")
 def four() -> list[dict[str, Any]]:
     """What each of four ranks found."""
-    return answers("sharded_script", "two_dimensions", ranks=4, limit=110)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STEPS", "8")
+        return answers("sharded_script", "two_dimensions", ranks=4, limit=280)
 
 
 def found(ranks: list[dict[str, Any]], check: str) -> list[Any]:
@@ -159,9 +163,9 @@ def test_a_checkpoint_of_two_loaded_by_four(
         assert all(difference < EXACT for difference in rank.values())
 
 
-def test_torchs_own_checks_of_state_dicts() -> None:
+def test_torchs_own_checks_of_state_dicts(two: list[dict[str, Any]]) -> None:
     pytest.importorskip("expecttest", reason="torch's own test utilities need it")
-    assert all(found(answers("sharded_script", "verify_state_dict"), "verify_state_dict"))
+    assert all(found(two, "verify_state_dict"))
 
 
 def test_reports_and_copies(two: list[dict[str, Any]]) -> None:
@@ -184,7 +188,12 @@ def test_two_dimensional_meshes(four: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+def test_two_dimensional_meshes_for_50_steps() -> None:
+    ranks = found(answers("sharded_script", "two_dimensions", ranks=4, limit=280), "two_dimensions")
+    equal_to_plain([{k: v for k, v in rank.items() if isinstance(v, dict)} for rank in ranks])
+
+
+@pytest.mark.slow
 def test_fsdp_on_four_processes() -> None:
     """Ranks without rows, and more of them than some layers have."""
     equal_to_plain(found(answers("sharded_script", "fsdp", "other_layers", ranks=4, limit=280), "fsdp"))
