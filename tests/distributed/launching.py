@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent.parent
 on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="gloo was tried on Linux only")
 
 
-def launch(module: str, *args: str, ranks: int = 2, limit: float = 100) -> list[tuple[int, str, str]]:
+def launch(module: str, *args: str, ranks: int = 2, limit: float = 150) -> list[tuple[int, str, str]]:
     """Return code, output and errors of each rank."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -40,10 +40,13 @@ def launch(module: str, *args: str, ranks: int = 2, limit: float = 100) -> list[
         for p in processes:
             p.kill()
             p.wait()
+            for pipe in (p.stdout, p.stderr):
+                assert pipe is not None
+                pipe.close()
     return [(p.returncode, out, err) for p, (out, err) in zip(processes, outputs, strict=True)]
 
 
-def answers(module: str, *args: str, ranks: int = 2, limit: float = 100) -> list[dict[str, Any]]:
+def answers(module: str, *args: str, ranks: int = 2, limit: float = 150) -> list[dict[str, Any]]:
     """The line of JSON that each rank ends with."""
     results = launch(module, *args, ranks=ranks, limit=limit)
     assert all(code == 0 for code, _, _ in results), "\n".join(err[-3000:] for _, _, err in results)

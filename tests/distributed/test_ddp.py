@@ -8,14 +8,14 @@ import pytest
 
 from tests.distributed.launching import answers, on_linux
 
-pytestmark = on_linux
+pytestmark = [on_linux, pytest.mark.timeout(300)]
 FEW = ("equal_with_four", "ranks_without_samples", "layers_used_by_some_ranks", "other_layers")
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=[pytest.mark.slow, pytest.mark.timeout(300)])])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def ranks(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """What each rank found."""
-    return answers("ddp_script", ranks=request.param, limit=100 if request.param == 2 else 280)
+    return answers("ddp_script", ranks=request.param, limit=280)
 
 
 def found(ranks: list[dict[str, Any]], check: str) -> list[Any]:

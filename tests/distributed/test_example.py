@@ -14,6 +14,7 @@ pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 
 
 @on_linux
+@pytest.mark.timeout(200)
 def test_ddp_example() -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     run = subprocess.run(
@@ -22,7 +23,7 @@ def test_ddp_example() -> None:
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=180,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     *epochs, same, exchange = run.stdout.strip().split("\n")

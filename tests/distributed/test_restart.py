@@ -10,7 +10,7 @@ import pytest
 from tests.distributed.launching import answers, on_linux
 from tests.distributed.restart_script import OPTIONS, continuations
 
-pytestmark = on_linux
+pytestmark = [on_linux, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from bnp_optim import BNPreconditioner
 alone: Any = None  # this rank's own group
 
 
-def start(seconds: float = 20) -> tuple[int, int]:
+def start(seconds: float = 60) -> tuple[int, int]:
     """Join the other processes; returns rank and world."""
     global alone
     torch.set_num_threads(1)
