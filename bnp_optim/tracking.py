@@ -141,7 +141,7 @@ class Tracker:
             if weight is not None and id(weight) not in owned:
                 check_not_sharded_since(self._model, layer, owned)
                 weight = None
-            if isinstance(layer, ShardedLayer) and weight is not None:
+            if self._sharded and isinstance(layer, ShardedLayer) and weight is not None:
                 place.live = found = live_shards(layer, weight, bias if id(bias) in owned else None)
                 live += [] if found is None else [found]
                 continue
