@@ -161,7 +161,9 @@ def plot(document: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     names = list(dict.fromkeys(r["row"] for r in document["rows"]))
-    figure, axes = plt.subplots(1, len(names), figsize=(3.1 * len(names), 3.2), sharey=True, layout="constrained")
+    size = (3.1 * len(names), 3.2)
+    figure, grid = plt.subplots(1, len(names), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    axes = list(grid[0])
     for ax, name in zip(axes, names, strict=True):
         rows = [r for r in document["rows"] if r["row"] == name]
         worlds = [str(r["processes"]) for r in rows]
