@@ -2,13 +2,14 @@
 
     torchrun --nproc_per_node 2 examples/fsdp2.py
 
-Scikit-learn's handwritten digits, a batch of 32 per process; some seconds on two cores. Every process holds half of each
-weight and preconditions it where it lies; a checkpoint of the sharded model is written and read back at the end.
+Scikit-learn's handwritten digits, a batch of 32 per process; some seconds on two cores. Every process holds half of
+each weight and preconditions it where it lies; a checkpoint of the sharded model is written and read back at the end.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import tempfile
 from typing import Any
 
@@ -67,12 +68,15 @@ def main() -> None:
     loaded = state(other, resumed)
     dcp.load(loaded, checkpoint_id=folder[0])
     set_state_dict(other, resumed, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
-    same = all(torch.equal(p.to_local(), q.to_local()) for p, q in zip(model.parameters(), other.parameters()))
+    same = all(
+        torch.equal(p.to_local(), q.to_local()) for p, q in zip(model.parameters(), other.parameters(), strict=True)
+    )
     same &= all(torch.equal(s.mean, resumed.statistics[name].mean) for name, s in optimizer.statistics.items())
     if rank == 0:
         print(f"rank 0 holds {tuple(model[0].weight.to_local().shape)} of {tuple(model[0].weight.shape)}")
         print(f"the checkpoint holds the same parameters and statistics: {same}")
         print(optimizer.synchronization)
+        shutil.rmtree(folder[0])
     dist.destroy_process_group()
 
 

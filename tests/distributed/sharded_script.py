@@ -276,6 +276,51 @@ def other_layers() -> Any:
     return answers
 
 
+@check
+def passed_through() -> Any:
+    """Layouts that leave no block: said by coverage(), and harmless."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.ConvTranspose2d(4, 4, 2, groups=2), nn.Conv2d(4, 2, 2), nn.Flatten(), nn.Linear(18, 2, bias=False)
+    )
+    fully_shard(model, shard_placement_fn=lambda p: Shard(3) if p.shape[1:] == (4, 2, 2) else Shard(0))
+    optimizer = BNPreconditioner(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    x = batch(0, 4, torch.float32)[:, :4, :3, None].expand(4, 4, 3, 3)
+    model(x).square().mean().backward()
+    gradients = [p.grad.full_tensor() for p in model.parameters()]
+    optimizer.step()
+    same = [bool(torch.equal(g, p.grad.full_tensor())) for g, p in zip(gradients, model.parameters(), strict=True)]
+    return [{row.name: row.why for row in optimizer.coverage()}, same]
+
+
+@check
+def gpt2() -> Any:
+    """transformers' GPT-2: Conv1D throughout, whose inputs FSDP splits."""
+    import transformers
+
+    config = transformers.GPT2Config(
+        vocab_size=37, n_positions=12, n_embd=12, n_layer=2, n_head=3, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+    )
+    found = []
+    for share in (True, False):
+        torch.manual_seed(0)
+        model = transformers.GPT2LMHeadModel(config).double().train()
+        if share:
+            for block in model.transformer.h:
+                fully_shard(block)
+            fully_shard(model)
+        group = None if share else ALONE[dist.get_rank()]
+        optimizer = BNPreconditioner(torch.optim.AdamW(model.parameters(), lr=1e-3), model, process_group=group)
+        for step in range(FEW):
+            tokens = torch.randint(37, (4, 12), generator=torch.Generator().manual_seed(step))
+            tokens = mine(tokens) if share else tokens
+            optimizer.zero_grad()
+            model(input_ids=tokens, labels=tokens).loss.backward()
+            optimizer.step()
+        found.append((full_weights(model), sum(row.preconditioned for row in optimizer.coverage())))
+    return [worst(found[0][0], found[1][0]), found[0][1], found[1][1]]
+
+
 def parallel(model: nn.Module, mesh: Any) -> nn.Module:
     plan = {"up": ColwiseParallel(), "down": RowwiseParallel(), "up_alone": ColwiseParallel()}
     parallelize_module(model, mesh, plan | {"down_alone": RowwiseParallel()})

@@ -22,6 +22,7 @@ TWO = (
     "sharded_after_wrapping",
     "replaced_in_the_groups",
     "other_layers",
+    "passed_through",
     "tensor_parallel",
     "batch_sharded_inputs",
     "muon",
@@ -124,6 +125,21 @@ def test_attention_recurrent_layers_and_shards_along_another_dimension(two: list
         for kind in ("SGD", "AdamW"):
             difference, passed = rank[f"Shard(1), {kind}"]
             assert difference < EXACT and not passed
+
+
+def test_layouts_without_blocks_pass_through(two: list[dict[str, Any]]) -> None:
+    for why, same in found(two, "passed_through"):
+        assert why["0.weight"] == why["0.bias"] == "sharded along dimension 0, which leaves no block of rows and inputs"
+        assert why["1.weight"] == "sharded along dimension 3, which leaves no block of rows and inputs"
+        assert why["3.weight"].startswith("rank-one P")
+        assert same == [True, True, True, True, False]
+
+
+@pytest.mark.slow
+def test_gpt2_of_transformers() -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    for difference, here, alone in found(answers("sharded_script", "gpt2"), "gpt2"):
+        assert difference < 1e-9 and here == alone == 16
 
 
 def test_tensor_parallel_is_the_whole_model(two: list[dict[str, Any]]) -> None:
