@@ -1,4 +1,4 @@
-"""What the exchange of statistics costs under DistributedDataParallel: 1, 2 and 4 processes on gloo.
+"""What the exchange of statistics costs under DistributedDataParallel and fully_shard: 1, 2 and 4 processes on gloo.
 
     python -m benchmarks.scale [--rounds 30] [--output benchmarks/results/scale]
 
@@ -24,6 +24,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -42,6 +44,8 @@ ROWS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, dict[str, A
         {"step_scale": "spectral"},
     ),
     "CNN, batch 32": (lambda: cnn("none"), (3, 32, 32), 32, {}),
+    "MLP 784-1024³-10, batch 64, fully_shard": (lambda: mlp((784, 1024, 1024, 1024, 10), "none"), (784,), 64, {}),
+    "CNN, batch 32, fully_shard": (lambda: cnn("none"), (3, 32, 32), 32, {}),
 }
 WORLDS = (1, 2, 4)
 BLOCK = 4  # steps, of which the first is not counted
@@ -62,8 +66,8 @@ def work(rank: int, world: int, port: int, name: str, rounds: int, answer: Any) 
     for method in METHODS:
         torch.manual_seed(0)
         models[method] = build()
+        front = (fully_shard if name.endswith("fully_shard") else DistributedDataParallel)(models[method])
         base = torch.optim.SGD(models[method].parameters(), lr=1e-3, momentum=0.9)
-        front = DistributedDataParallel(models[method])
         optimizers[method] = (
             base
             if method == "plain"
@@ -84,7 +88,7 @@ def work(rank: int, world: int, port: int, name: str, rounds: int, answer: Any) 
                     times[method].append(time.perf_counter() - start)
         answer.put(("round", None))
     shared = optimizers["wrapped"].synchronization
-    weights = torch.cat([p.detach().flatten() for p in models["wrapped"].parameters()])
+    weights = torch.cat([_whole(p.detach()).flatten() for p in models["wrapped"].parameters()])
     everybodys = [torch.empty_like(weights) for _ in range(world)]
     dist.all_gather(everybodys, weights)
     channels = sum(s.mean.numel() for s in optimizers["wrapped"].statistics.values())
@@ -101,6 +105,10 @@ def work(rank: int, world: int, port: int, name: str, rounds: int, answer: Any) 
         answer.put(("row", found))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def _step(front: nn.Module, optimizer: Any) -> Callable[[Tensor, Tensor], None]:
@@ -137,7 +145,7 @@ def run(name: str, world: int, rounds: int, bar: Any) -> dict[str, Any]:
 def markdown(document: dict[str, Any]) -> str:
     """The table."""
     lines = [
-        "# What the exchange of statistics costs (DistributedDataParallel, gloo)",
+        "# What the exchange of statistics costs (DistributedDataParallel or fully_shard, gloo)",
         "",
         f"{document['cpu']}, {document['cores']} cores, one thread per process; torch {document['torch']}, "
         f"{document['date']}. Milliseconds of a step are rank 0's median; ratios are of medians, by blocks in turns.",

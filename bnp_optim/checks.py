@@ -23,6 +23,7 @@ __all__ = [
     "check_not_sharded_since",
     "check_number",
     "check_objects",
+    "check_whole_inputs",
     "checked_skip",
 ]
 
@@ -61,6 +62,16 @@ def check_copies(model: nn.Module) -> None:
             "a model under fully_shard cannot be copied or pickled, and so neither can its optimizer: use state dicts "
             "(torch.distributed.checkpoint.state_dict.get_state_dict)"
         )
+
+
+def check_whole_inputs(layers: Iterable[Layer]) -> None:
+    """Refuse the power step where no rank has an input."""
+    for layer in layers:
+        if layer.block is not None and layer.block.input_groups:
+            raise ValueError(
+                f"step_scale is 'spectral', which needs whole inputs, but those of {layer.name!r} are split among "
+                "ranks (row-wise tensor parallel): use step_scale='trace', or skip the layer"
+            )
 
 
 def check_not_sharded_since(model: nn.Module, layer: Layer, owned: Collection[int]) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnp_optim.blocks import Block, is_dtensor
+from bnp_optim.blocks import is_dtensor
 from bnp_optim.columns import sum_over
 from bnp_optim.layers import ModuleAdapter, Part, Rows, Samples
 from bnp_optim.moments import Moments
+from bnp_optim.places import Place
 
 __all__ = ["LocalInputs", "widened"]
 
@@ -74,31 +75,36 @@ class LocalInputs(ModuleAdapter):
         return self._adapter.correlate(module, values, response)
 
 
-def widened(found: Sequence[Moments | None], blocks: Sequence[Block], homes: Sequence[Tensor]) -> list[Moments | None]:
-    """The moments of all channels, from those of the channels that each rank has seen; one reduction for all layers.
+def widened(
+    shelves: Sequence[Sequence[Place]], batches: Sequence[Sequence[Moments | None]]
+) -> list[list[Moments | None]]:
+    """``batches`` with the moments of all channels where ranks have seen a part; one reduction for all layers.
 
-    Args:
-        found: Per layer; None on all ranks or on none.
-        blocks: What this rank holds of each.
-        homes: A tensor per layer, on whose device and of whose dtype the result is.
+    A layer has samples on all ranks that hold a part of its inputs, or on none.
     """
+    result = [list(batch) for batch in batches]
+    split = [
+        (i, k, place.layer.block, place.bank.now.mean)
+        for i, shelf in enumerate(shelves)
+        for k, place in enumerate(shelf)
+        if place.layer.block is not None and place.layer.block.input_groups
+    ]
+    if all(result[i][k] is None for i, k, _, _ in split):
+        return result
     parts = []
-    for m, block, home in zip(found, blocks, homes, strict=True):
+    for i, k, block, home in split:
+        m = result[i][k]
         part = home.new_zeros(2, block.whole.statistics)
         if m is not None:
             part[0, block.inputs.slice] = m.mean.flatten()
             if m.variance is not None:
                 part[1, block.inputs.slice] = m.variance
         parts.append(part.flatten())
-    totals = sum_over([block.input_groups for block in blocks], parts)
-    result: list[Moments | None] = []
-    for m, total in zip(found, totals, strict=True):
+    for (i, k, _, _), total in zip(split, sum_over([x[2].input_groups for x in split], parts), strict=True):
         mean, variance = total.view(2, -1)
-        single = m is not None and m.variance is None
-        wide = (
-            None
-            if m is None
-            else m._replace(mean=mean[None] if single else mean, variance=None if single else variance)
-        )
-        result.append(wide)
+        m = result[i][k]
+        if m is not None and m.variance is None:
+            result[i][k] = m._replace(mean=mean[None])
+        elif m is not None:
+            result[i][k] = m._replace(mean=mean, variance=variance)
     return result

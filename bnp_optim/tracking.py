@@ -12,14 +12,13 @@ from torch.utils.hooks import RemovableHandle
 
 from bnp_optim.bank import StatisticsBank
 from bnp_optim.capture import ForwardTap, LazyTap, Tapped, drop_inert_taps
-from bnp_optim.checks import check_not_sharded_since
+from bnp_optim.checks import check_not_sharded_since, check_whole_inputs
 from bnp_optim.discovery import Findings, Layer, ShardedLayer, SkipRule, Use, find_layers
 from bnp_optim.exchange import Batches, Shared
 from bnp_optim.fsdp import reshard
 from bnp_optim.intake import Gate, Intake
 from bnp_optim.layers import ModuleAdapter
 from bnp_optim.localized import LocalInputs, widened
-from bnp_optim.moments import Moments
 from bnp_optim.places import Home, LiveLayer, Place, dense_grad, home_of, live_shards, statistics_home
 from bnp_optim.spectral import initial_direction
 from bnp_optim.statistics import LayerStatistics, StatisticsOptions, shelves
@@ -58,7 +57,13 @@ class Tracker:
         weakref.finalize(self, _detach, self._handles).atexit = False
         self._places: dict[Layer, Place] = {}
         reshard(model)
-        self._attach(owned, find_layers(model, self._skip))
+        self._attach(owned, self._find(owned))
+
+    def _find(self, owned: Collection[int]) -> Findings:
+        findings = find_layers(self._model, self._skip)
+        if self.options.step_scale == "spectral":
+            check_whole_inputs(x for x in findings.layers if id(x.weight) in owned)
+        return findings
 
     def _attach(self, owned: Collection[int], findings: Findings) -> None:
         known = {x.identity: place.intake for x, place in self._places.items()}
@@ -69,7 +74,6 @@ class Tracker:
         self.layers = [x for x in findings.layers if x.weight is not None and id(x.weight) in owned]
         self.ready: set[Layer] = set()
         self._sharded = [x for x in self.layers if isinstance(x, ShardedLayer)]
-        self._refuse_spectral()
         intakes = []
         tapped: dict[nn.Module, tuple[ModuleAdapter, list[Tapped]]] = {}
         for i, layer in enumerate(self.layers):
@@ -99,15 +103,16 @@ class Tracker:
     def _hook(self, module: nn.Module, tap: ForwardTap | LazyTap) -> None:
         drop_inert_taps(module)
         # NOTE: before the hooks of FSDP and tensor parallel, which take away the weight and cast or move the output
-        first = bool(self._sharded) and any(x.block is not None for x in self.layers if x.uses[0].module is module)
+        first = isinstance(tap, ForwardTap) and isinstance(tap.adapter, LocalInputs)
         self._handles.append(module.register_forward_hook(tap, with_kwargs=True, prepend=first))
 
     def rescan(self, owned: Collection[int] | None = None) -> None:
         """Look for layers again; those that were known keep their statistics and their pending samples."""
         kept = [(layer, self.snapshot(layer)) for layer in self.layers if layer in self.ready]
-        findings = find_layers(self._model, self._skip)  # may raise: then all stays as it is
+        owned = self._owned if owned is None else owned
+        findings = self._find(owned)  # may raise: then all stays as it is
         _detach(self._handles)
-        self._attach(self._owned if owned is None else owned, findings)
+        self._attach(owned, findings)
         for old, snapshot in kept:
             for new in self.layers:
                 if new.identity == old.identity:
@@ -195,7 +200,7 @@ class Tracker:
                 break
         batches: Batches = [[place.take() for place in shelf] for shelf in self._shelves]
         if self._sharded:
-            batches = self._widen(batches)
+            batches = widened(self._shelves, batches)
         counts: Sequence[Tensor | None] = [None] * len(batches)
         if share is not None and self._shelves:
             batches, counts = share(self._shelves, batches, on_host=self._reads, error=error)
@@ -297,31 +302,6 @@ class Tracker:
                 )
         places = {place.layer: place for shelf in self._shelves for place in shelf}
         self._places = {x: places[x] for x in self.layers}
-
-    def _widen(self, batches: Batches) -> Batches:
-        """Complete the samples of layers of whose inputs every rank sees a part; the same call on all ranks."""
-        wide = [list(batch) for batch in batches]
-        found: list[Moments | None] = []
-        blocks, homes, at = [], [], []
-        for i, shelf in enumerate(self._shelves):
-            for k, place in enumerate(shelf):
-                if place.layer.block is not None and place.layer.block.input_groups:
-                    found.append(wide[i][k])
-                    blocks.append(place.layer.block)
-                    homes.append(place.bank.now.mean)
-                    at.append((i, k))
-        if any(m is not None for m in found):
-            for (i, k), moments in zip(at, widened(found, blocks, homes), strict=True):
-                wide[i][k] = moments
-        return wide
-
-    def _refuse_spectral(self) -> None:
-        split = [x.name for x in self._sharded if x.block.input_groups]
-        if split and self.options.step_scale == "spectral":
-            raise ValueError(
-                f"step_scale is 'spectral', which needs whole inputs, but those of {split[0]!r} are split among ranks "
-                "(row-wise tensor parallel): use step_scale='trace', or skip the layer"
-            )
 
     def _move(self) -> None:
         """The model went to another device or dtype after it was wrapped: follow it."""
