@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -10,20 +11,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from bnp_optim.bases import is_zero, needs_closure
-from bnp_optim.blocks import is_dtensor
-from bnp_optim.discovery import Layer, SkipRule, clean_name
-from bnp_optim.fsdp import managed_parameters
+from bnp_optim.discovery import SkipRule, clean_name
 
 __all__ = [
     "check_after_backward",
-    "check_choice",
-    "check_copies",
     "check_decay",
     "check_differentiable",
-    "check_not_sharded_since",
-    "check_number",
     "check_objects",
-    "check_whole_inputs",
+    "check_options",
     "checked_skip",
 ]
 
@@ -53,39 +48,6 @@ def check_objects(optimizer: Any, model: Any) -> None:
             "model contains nn.DataParallel, which trains replicas that no hook can follow: train on one device, "
             "with the module inside it (model.module)"
         )
-
-
-def check_copies(model: nn.Module) -> None:
-    """Refuse to copy or pickle what FSDP cannot, which says so less clearly."""
-    if managed_parameters(model):
-        raise TypeError(
-            "a model under fully_shard cannot be copied or pickled, and so neither can its optimizer: use state dicts "
-            "(torch.distributed.checkpoint.state_dict.get_state_dict)"
-        )
-
-
-def check_whole_inputs(layers: Iterable[Layer]) -> None:
-    """Refuse the power step where no rank has an input."""
-    for layer in layers:
-        if layer.block is not None and layer.block.input_groups:
-            raise ValueError(
-                f"step_scale is 'spectral', which needs whole inputs, but those of {layer.name!r} are split among "
-                "ranks (row-wise tensor parallel): use step_scale='trace', or skip the layer"
-            )
-
-
-def check_not_sharded_since(model: nn.Module, layer: Layer, owned: Collection[int]) -> None:
-    """Refuse to train on parameters that the model has lost to ``fully_shard`` or ``parallelize_module``."""
-    for use in layer.uses:
-        now = use.part.find(use.module, use.part.weight)
-        managed = next((m for m in managed_parameters(model) if m.is_one_of(now)), None)
-        now = now if managed is None else managed.sharded
-        if is_dtensor(now) and id(now) not in owned:
-            raise RuntimeError(
-                f"the weight of {layer.name!r} was sharded (fully_shard, parallelize_module) after the optimizer was "
-                "built, which holds parameters that the model no longer has: shard the model first, then build the "
-                "optimizer from its parameters and wrap it"
-            )
 
 
 def check_engines(optimizer: Any, model: Any) -> None:
@@ -155,6 +117,29 @@ def checked_skip(skip: Any, model: nn.Module) -> tuple[SkipRule, ...]:
         elif not (isinstance(rule, nn.Module) or (isinstance(rule, type) and issubclass(rule, nn.Module))):
             raise TypeError(f"skip holds {rule!r}: give module classes, names or modules")
     return rules
+
+
+def check_options(
+    stat_decay: Any,
+    var_rel_eps: Any,
+    var_eps: Any,
+    mode: Any,
+    step_scale: Any,
+    variance: Any,
+    stat_interval: Any,
+    max_observations: Any,
+) -> None:
+    """Refuse options of the wrong type or out of their range."""
+    check_number("stat_decay", stat_decay, lambda x: 0 <= x < 1, "in [0, 1), such as 0.99")
+    check_number("var_rel_eps", var_rel_eps, lambda x: 0 <= x < math.inf, "at least 0, such as 1e-2")
+    check_number("var_eps", var_eps, lambda x: 0 < x < math.inf, "above 0, such as 1e-4")
+    check_choice("mode", mode, ("auto", "gradient", "two_sided"))
+    check_choice("step_scale", step_scale, ("trace", "spectral", "fan_in", None))
+    check_choice("variance", variance, ("total", "batch"))
+    whole = "a whole number of at least 1"
+    check_number("stat_interval", stat_interval, lambda x: 1 <= x < math.inf and x == int(x), whole)
+    if max_observations is not None:
+        check_number("max_observations", max_observations, lambda x: 1 <= x < math.inf and x == int(x), whole)
 
 
 def check_number(name: str, value: Any, valid: Callable[[float], bool], remedy: str) -> None:
