@@ -24,7 +24,7 @@ def check_copies(model: nn.Module) -> None:
 
 def check_not_sharded_since(model: nn.Module, layer: Layer, owned: Collection[int]) -> None:
     """Refuse to train on parameters that the model has lost to ``fully_shard`` or ``parallelize_module``."""
-    for use in layer.uses:
+    for use in layer.uses if layer.block is None else ():
         now = use.part.find(use.module, use.part.weight)
         managed = next((m for m in managed_parameters(model) if m.is_one_of(now)), None)
         now = now if managed is None else managed.sharded
