@@ -51,7 +51,7 @@ def two(folder: Path) -> list[dict[str, Any]]:
 def four() -> list[dict[str, Any]]:
     """What each of four ranks found."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("STEPS", "8")
+        patch.setenv("STEPS", "5")
         return answers("sharded_script", "two_dimensions", ranks=4, limit=280)
 
 
