@@ -267,7 +267,12 @@ def other_layers() -> Any:
         answers[kind.__name__] = [worst(found[0][0], found[1][0]), found[0][1], found[1][1]]
     for optimizer_kind in ("SGD", "AdamW"):
         model = built()
-        fully_shard(model, shard_placement_fn=lambda p: Shard(1) if p.dim() > 1 and p.shape[1] % 2 == 0 else Shard(0))
+        fully_shard(
+            model,
+            shard_placement_fn=lambda p: (
+                Shard(1) if p.dim() > 1 and p.shape[1] % dist.get_world_size() == 0 else Shard(0)
+            ),
+        )
         optimizer = wrapped(model, optimizer_kind)
         steps(model, optimizer, FEW, mine)
         difference = worst(full_weights(model), full_weights(plain(optimizer_kind, FEW)[0]))
