@@ -16,8 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
 from bnp_optim import BNPreconditioner
+from bnp_optim.diagnostics.state import ModuleState, RandomState
 from lightning_callbacks._manual import Losses, manual_stand_ins
-from lightning_callbacks._state import ModuleState, RandomState
 
 __all__ = ["Probe", "RankMean", "num_samples_of", "optimizer_names", "probe", "unwrapped"]
 
@@ -90,6 +90,11 @@ class Probe:
         if error is not None:
             raise error
         return result
+
+    def of_rank_zero(self, prepare: Callable[[], T]) -> T:
+        """``prepare()`` on all ranks, since a module may wait for the others; its result is rank zero's."""
+        mine = self.on_all_ranks(prepare)
+        return self.trainer.strategy.broadcast(mine) if self.trainer.world_size > 1 else mine
 
 
 class RankMean:
