@@ -61,6 +61,15 @@ def test_callbacks_page() -> None:
     assert loss(outputs).shape == ()
 
 
+def test_initialization_page(capsys: pytest.CaptureFixture[str]) -> None:
+    scope: dict[str, Any] = {}
+    (code,) = blocks("docs/initialization.md")
+    exec(code, scope)
+    assert [x.name for x in scope["health"].layers] == ["0", "2", "4"]
+    assert set(scope["steps"].divergence) == {"gradient", "preconditioned"}
+    assert len(capsys.readouterr().out.splitlines()) == 6
+
+
 def test_the_table_of_the_readme() -> None:
     model = nn.Sequential(nn.Linear(20, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 2, bias=False))
     optimizer = BNPreconditioner(torch.optim.SGD(model.parameters(), lr=0.1), model)
