@@ -271,3 +271,16 @@ def test_figures() -> None:
     steps = step_divergence(model, batch, preconditioner=optimizer, step_sizes=[0.1, 1.0])
     axes = steps.plot(Figure().add_subplot())
     assert [tuple(line.get_ydata()) for line in axes.lines][:2] == list(steps.relative_losses.values())
+
+
+def test_a_compiled_model() -> None:
+    """Runs as it was written, and goes by its own names."""
+    torch.compiler.reset()
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    compiled: Any = torch.compile(model, backend="eager")
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    compiled(x)
+    assert activation_health(compiled, closure(compiled, x, y)) == activation_health(model, closure(model, x, y))
+    steps = [step_divergence(m, closure(m, x, y)).relative_losses for m in (compiled, model)]
+    assert steps[0] == steps[1]
+    torch.compiler.reset()
