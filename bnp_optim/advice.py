@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -44,24 +42,15 @@ def at_the_door(
         )
 
 
-def at_first_steps(
-    live: list[LiveLayer], tracker: Tracker, groups: Iterable[dict[str, Any]]
-) -> Iterator[tuple[str, str]]:
-    """What shows only when training: ranks that share nothing, and hooks that a compiled model ignores."""
-    if not live:
+def at_first_steps(live: list[LiveLayer], tracker: Tracker, *, together: bool, steps: int) -> Iterator[tuple[str, str]]:
+    """What shows only when training: hooks that a compiled model ignores.
+
+    Of several ranks one may have no samples in its first step, but others do.
+    """
+    if not live or (together and steps == 0):
         return
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        ranks = torch.distributed.get_world_size()
-        if ranks > 1:
-            yield (
-                "ranks",
-                f"{ranks} processes train together, but statistics are not shared between them yet: in data parallel "
-                "training the ranks' parameters will drift apart. Train in one process",
-            )
-    unseen = not any(tracker.fired(x.layer) or x.layer in tracker.ready for x in live)
-    # torch.distributed.checkpoint takes a step with zero gradients and zero learning rates of its own
-    moving = any(float(group["lr"]) != 0 for group in groups if "lr" in group)
-    if unseen and tracker.gate.open and tracker.attached and moving:
+    unseen = not any(tracker.fired(x.layer) or (x.layer in tracker.ready and not together) for x in live)
+    if unseen and tracker.gate.open and tracker.attached:
         yield (
             "unseen",
             "gradients have come, but no forward pass of any preconditioned layer was seen: they pass through "

@@ -132,13 +132,15 @@ class StatisticsBank:
             self._factors.append(factors)
         self._tell()
 
-    def propose(self, batch: Sequence[Moments | None]) -> Any:
+    def propose(self, batch: Sequence[Moments | None], counts: Tensor | None = None) -> Any:
         """Compute what this step's samples lead to, one entry per layer; None leaves a layer as it is.
+
+        ``counts``: see :meth:`bnp_optim.ledger.Ledger.weigh`.
 
         Returns whether all of it is finite: a bool, or where the host must not read, a bool tensor.
         """
         new, options = self._next, self.options
-        gain, rest = self.ledger.weigh(batch)
+        gain, rest = self.ledger.weigh(batch, counts)
         variance = self._gather(batch)
         delta = self._batch_mean - self.now.mean
         # E_batch[(a - μ)²] about the new mean, which is r δ away

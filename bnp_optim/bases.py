@@ -10,13 +10,13 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch.optim import Optimizer
 
-__all__ = ["BaseTraits", "enter", "leave", "needs_closure", "traits_of"]
+__all__ = ["BaseTraits", "enter", "is_zero", "leave", "needs_closure", "traits_of"]
 
 Form = Literal["gradient", "two_sided"]
 
@@ -77,6 +77,8 @@ def traits_of(base: Optimizer) -> BaseTraits:
     A subclass that brings its own ``step`` is another algorithm, unless it descends from SGD: then "auto" still
     picks the gradient form.
     """
+    if is_zero(base):  # its own step runs the inner optimizer's, on this rank's share
+        return replace(traits_of(base.optim), additive=False, decoupled=None)  # type: ignore[attr-defined]
     for cls in type(base).__mro__:
         known = _TABLE.get(cls.__name__)
         if known is not None and getattr(torch.optim, cls.__name__, None) is cls:
@@ -87,6 +89,13 @@ def traits_of(base: Optimizer) -> BaseTraits:
     if isinstance(base, torch.optim.SGD):
         return BaseTraits("gradient", False, None, adaptive=False)
     return _UNKNOWN
+
+
+def is_zero(base: Optimizer) -> bool:
+    """Whether ``base`` is torch's ZeroRedundancyOptimizer, by name: importing it takes long."""
+    return any(
+        c.__name__ == "ZeroRedundancyOptimizer" and c.__module__.startswith("torch.") for c in type(base).__mro__
+    )
 
 
 def needs_closure(base: Optimizer) -> bool:

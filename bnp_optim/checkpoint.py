@@ -15,7 +15,7 @@ from torch import Tensor
 from bnp_optim.discovery import Layer
 from bnp_optim.tracking import Tracker
 
-__all__ = ["FORMAT_VERSION", "Loaded", "merge", "split"]
+__all__ = ["FORMAT_VERSION", "Loaded", "is_rehearsal", "merge", "split"]
 
 FORMAT_VERSION = 1
 _PREFIX = "bnp_"
@@ -28,7 +28,7 @@ class Loaded(NamedTuple):
     Args:
         base: What the base optimizer loads.
         snapshots: Statistics by layer.
-        steps: Steps taken, for ``stat_interval``; 0 if the checkpoint does not say.
+        steps: Steps taken, modulo ``stat_interval``; 0 if the checkpoint does not say.
         foreign: Whether it looks like a checkpoint of the plain base, without a trace of statistics.
     """
 
@@ -38,11 +38,29 @@ class Loaded(NamedTuple):
     foreign: bool
 
 
-def merge(base: Mapping[str, Any], groups: Iterable[dict[str, Any]], tracker: Tracker, steps: int) -> dict[str, Any]:
-    """The base's ``state_dict()`` with the statistics in it; ``base`` is not changed."""
+def is_rehearsal(groups: Iterable[dict[str, Any]]) -> bool:
+    """Whether a step without samples is the one that torch.distributed.checkpoint takes so that the base has a state.
+
+    That has zero learning rates and zero gradients, may be taken by one rank alone, and is no step of the training.
+    """
+    groups = list(groups)
+    rates = [group.get("lr", 1) for group in groups]
+    if any((isinstance(r, Tensor) and r.is_cuda) or float(r) != 0 for r in rates):
+        return False
+    return not any(p.grad is not None and bool(p.grad.any()) for group in groups for p in group["params"])
+
+
+def merge(
+    base: Mapping[str, Any], groups: Iterable[dict[str, Any]], tracker: Tracker, *, steps: int, started: bool
+) -> dict[str, Any]:
+    """The base's ``state_dict()`` with the statistics in it; ``base`` is not changed.
+
+    ``steps`` are modulo ``stat_interval``, hence 0 unless that is above 1: torch.distributed.checkpoint drops what
+    belongs to no parameter. ``started`` says whether the base has taken a step, be it not of the training.
+    """
     state = {key: dict(value) if isinstance(value, dict) else value for key, value in base["state"].items()}
     index = _indices(groups)
-    stateless = not state and steps > 0
+    stateless = not state and started
     for layer in tracker.layers:
         weight = layer.weight
         if weight is None or id(weight) not in index:

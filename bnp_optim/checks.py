@@ -5,21 +5,36 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from bnp_optim.bases import needs_closure
+from bnp_optim.bases import is_zero, needs_closure
 from bnp_optim.discovery import SkipRule, clean_name
 
-__all__ = ["check_choice", "check_differentiable", "check_number", "check_objects", "checked_skip"]
+__all__ = [
+    "check_after_backward",
+    "check_choice",
+    "check_decay",
+    "check_differentiable",
+    "check_number",
+    "check_objects",
+    "checked_skip",
+]
 
 
 def check_objects(optimizer: Any, model: Any) -> None:
     """Refuse what is no optimizer or no model, and the ones that cannot work."""
+    check_engines(optimizer, model)
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}: build it first, such as "
             "torch.optim.SGD(model.parameters(), lr=0.1)"
+        )
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        raise TypeError(
+            f"optimizer {type(optimizer).__name__} was made without torch.optim.Optimizer.__init__, so no hooks can be "
+            "put on it: wrap the optimizer that it holds, as in PostLocalSGDOptimizer(BNPreconditioner(...), averager)"
         )
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: pass the module, not its output")
@@ -32,6 +47,49 @@ def check_objects(optimizer: Any, model: Any) -> None:
         raise TypeError(
             "model contains nn.DataParallel, which trains replicas that no hook can follow: train on one device, "
             "with the module inside it (model.module)"
+        )
+
+
+def check_engines(optimizer: Any, model: Any) -> None:
+    """Refuse engines that flatten parameters, or step inside backward: by their names, for none need be installed."""
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    groups = getattr(optimizer, "param_groups", None) or []
+    parameters = [p for m in modules for p in m._parameters.values() if p is not None]
+    parameters += [p for group in groups for p in group["params"]]
+    if any(_is_a(x, "deepspeed") for x in (optimizer, *modules)) or any(hasattr(p, "ds_id") for p in parameters):
+        raise TypeError(
+            "model and optimizer belong to DeepSpeed, whose ZeRO flattens parameters and gradients, so that a layer's "
+            "gradient is nowhere to be found: train with torch's fully_shard or DistributedDataParallel"
+        )
+    if any(_is_a(m, "torch.distributed.fsdp", "FullyShardedDataParallel") for m in modules) or any(
+        getattr(p, "_fsdp_flattened", False) or getattr(p, "_is_flat_param", False) for p in parameters
+    ):
+        raise TypeError(
+            "model is wrapped in FullyShardedDataParallel (FSDP1), which flattens parameters, so that a layer's "
+            "gradient is nowhere to be found: use torch.distributed.fsdp.fully_shard (FSDP2), and wrap after it"
+        )
+    if any(hasattr(p, "_in_backward_optimizers") for p in parameters):
+        raise TypeError(
+            "optimizer holds parameters that are stepped inside backward (_apply_optimizer_in_backward), where a "
+            "layer's gradients are never all there: let the optimizer step after backward"
+        )
+
+
+def check_decay(optimizer: Optimizer, form: str) -> None:
+    """Refuse the base whose weight decay cannot be told apart from its step."""
+    if is_zero(optimizer) and form == "two_sided" and any(g.get("weight_decay", 0) for g in optimizer.param_groups):
+        raise ValueError(
+            "optimizer is a ZeroRedundancyOptimizer with weight_decay, which in the two-sided form would decay "
+            "preconditioned coordinates: set weight_decay=0, use mode='gradient', or shard with fully_shard instead"
+        )
+
+
+def check_after_backward() -> None:
+    """Refuse a step that a gradient's hook takes."""
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "step() was called inside backward, by a hook on a gradient, where the samples and gradients of a step "
+            "are not all there: call it after backward"
         )
 
 
@@ -73,3 +131,10 @@ def check_choice(name: str, value: Any, choices: tuple[str | None, ...]) -> None
     """Refuse what is not among the choices."""
     if value not in choices:
         raise ValueError(f"{name} is {value!r}, it must be one of {', '.join(map(repr, choices))}")
+
+
+def _is_a(thing: Any, package: str, name: str = "") -> bool:
+    """Whether a class of ``thing`` comes from ``package``, and has that name."""
+    return any(
+        f"{cls.__module__}.".startswith(f"{package}.") and name in ("", cls.__name__) for cls in type(thing).__mro__
+    )

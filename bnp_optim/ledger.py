@@ -26,8 +26,11 @@ Weight = float | Tensor  # one for all layers, or (layers, 1)
 class Ledger(Protocol):
     """Counts and masses of the layers of one bank. What it says of a batch holds from weigh() to the next one."""
 
-    def weigh(self, batch: Batch) -> tuple[Weight, Weight]:
-        """(1 - r, r) for a batch that may enter; a layer without samples gets (0, 1)."""
+    def weigh(self, batch: Batch, counts: Tensor | None = None) -> tuple[Weight, Weight]:
+        """(1 - r, r) for a batch that may enter; a layer without samples gets (0, 1).
+
+        ``counts``, (2, layers), are samples and observations where only the device knows them.
+        """
 
     def enter(self, finite: Any) -> None:
         """The batch enters if ``finite``."""
@@ -68,9 +71,9 @@ class HostLedger:
         self.samples = torch.ones(layers, dtype=dtype)
         self.touched: Tensor | None = None
 
-    def weigh(self, batch: Batch) -> tuple[Weight, Weight]:
+    def weigh(self, batch: Batch, counts: Tensor | None = None) -> tuple[Weight, Weight]:
         """See :class:`Ledger`."""
-        counts, masses, samples, gains = [], [], [], []
+        new_counts, masses, samples, gains = [], [], [], []
         for b, count, mass in zip(batch, self._counts, self._masses, strict=True):
             n = 0 if b is None else int(b.observations)
             if b is None or not n:
@@ -80,10 +83,10 @@ class HostLedger:
                 mass = self._decay * mass + 1
                 gain = 1 / mass if self._debias else 1 - self._decay
                 samples.append(max(1, int(b.samples)))
-            counts.append(count + n)
+            new_counts.append(count + n)
             masses.append(mass)
             gains.append(gain)
-        self._new = counts, masses
+        self._new = new_counts, masses
         if samples != self._samples_of:
             self._samples_of, self.samples = samples, torch.tensor(samples, dtype=self._dtype)
         self.touched = None if all(gains) else torch.tensor([g > 0 for g in gains])
@@ -128,14 +131,18 @@ class DeviceLedger:
         self._masses = torch.zeros(layers, dtype=dtype, device=device)
         self._new = self._counts, self._masses
         self._samples = torch.ones(layers, dtype=dtype, device=device)
-        self._observations = torch.zeros(layers, dtype=dtype, device=device)
-        self._written: list[tuple[int | Tensor, int | Tensor]] = [(1, 0)] * layers
+        self._observations = torch.zeros(layers, dtype=torch.int64, device=device)
+        self._written: list[tuple[int | Tensor, int | Tensor] | None] = [(1, 0)] * layers
         self.touched: Tensor | None = self._counts > 0
 
-    def weigh(self, batch: Batch) -> tuple[Weight, Weight]:
+    def weigh(self, batch: Batch, counts: Tensor | None = None) -> tuple[Weight, Weight]:
         """See :class:`Ledger`."""
+        if counts is not None:
+            self._samples.copy_(counts[0])
+            self._observations.copy_(counts[1])
+            self._written = [None] * len(batch)
         capturing = self._counts.is_cuda and torch.cuda.is_current_stream_capturing()
-        for i, b in enumerate(batch):
+        for i, b in enumerate(batch if counts is None else ()):
             now: tuple[int | Tensor, int | Tensor] = (1, 0) if b is None else (b.samples, b.observations)
             # counts change seldom, so the host remembers what it wrote; but a captured graph must write them itself
             if capturing or any(isinstance(x, Tensor) for x in now) or now != self._written[i]:
@@ -143,7 +150,7 @@ class DeviceLedger:
                 self._written[i] = now
         self.touched = touched = self._observations > 0
         masses = torch.where(touched, self._decay * self._masses + 1, self._masses)
-        self._new = self._counts + self._observations.to(torch.int64), masses
+        self._new = self._counts + self._observations, masses
         # a mass is at least 1 where there are samples
         gain = touched / masses.clamp(min=1) if self._debias else touched * (1 - self._decay)
         gain = gain.unsqueeze(1).to(masses.dtype)

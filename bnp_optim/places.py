@@ -63,6 +63,8 @@ class Place:
             return
         touched = self.bank.ledger.touched
         active = torch.as_tensor(finite) if touched is None else touched[self.row] & finite
+        if isinstance(self.projection.rows, Tensor):  # of all ranks: maybe none
+            active = active & (self.projection.rows > 0).any()
         factors = self.bank.factors(self.row)
         affine = self.live.bias is not None
         q2 = power_step(self.projection, factors, affine=affine, direction=direction, active=active)

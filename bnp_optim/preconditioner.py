@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,11 +15,21 @@ from torch.optim import Optimizer
 
 from bnp_optim.advice import COLD, at_first_steps, at_the_door
 from bnp_optim.application import CompiledTransforms, apply_to_all, gradient_task
+from bnp_optim.around import AroundOptimizer
 from bnp_optim.bases import enter, leave, traits_of
-from bnp_optim.checkpoint import merge, split
-from bnp_optim.checks import check_choice, check_differentiable, check_number, check_objects, checked_skip
+from bnp_optim.checkpoint import is_rehearsal, merge, split
+from bnp_optim.checks import (
+    check_after_backward,
+    check_choice,
+    check_decay,
+    check_differentiable,
+    check_number,
+    check_objects,
+    checked_skip,
+)
 from bnp_optim.coverage import Coverage, coverage_of
 from bnp_optim.discovery import SkipRule
+from bnp_optim.distributed import Ranks, Synchronization, checked_group
 from bnp_optim.statistics import LayerStatistics, StatisticsOptions
 from bnp_optim.tracking import Tracker
 from bnp_optim.transform import precondition
@@ -32,7 +42,7 @@ StepScale = Literal["trace", "spectral", "fan_in"]
 Variance = Literal["total", "batch"]
 
 
-class BNPreconditioner(Optimizer):
+class BNPreconditioner(AroundOptimizer):
     """Wraps ``optimizer`` so that each layer's gradient is rescaled with running statistics of the layer's input.
 
     The forward pass is untouched; the optimizer sees the Hessian PᵀHP that batch normalization would give it, at
@@ -72,12 +82,17 @@ class BNPreconditioner(Optimizer):
         compiled: Transform all layers in one graph of ``torch.compile``. Worth trying on accelerators; needs what
             the compiler needs, and its time at the first step.
         skip: Module classes, names or instances to leave alone.
+        process_group: The ranks that train this model together: at each step they pool their samples, by one
+            collective (docs/distributed.md). None, at the first step: the group of the DistributedDataParallel around
+            the model, or else the default group where torch.distributed is initialized. Ranks that train on their own
+            pass a group of their own rank alone. Copies keep the group; a pickle forgets it.
 
     Raises:
         TypeError: if ``optimizer`` is no optimizer, is already a BNPreconditioner or calls the loss itself; if
-            ``model`` is no module or contains ``nn.DataParallel``; if an option is of the wrong type.
+            ``model`` is no module or contains ``nn.DataParallel``; if an option is of the wrong type; if FSDP1,
+            DeepSpeed or an optimizer inside backward has the parameters.
         ValueError: if an option is out of its range, a name in ``skip`` fits no module, or the base was built with
-            ``differentiable=True``.
+            ``differentiable=True``, or is a ZeroRedundancyOptimizer whose weight decay the two-sided form cannot see.
     """
 
     def __init__(
@@ -96,6 +111,7 @@ class BNPreconditioner(Optimizer):
         max_observations: int | None = None,
         compiled: bool = False,
         skip: Collection[SkipRule] = (),
+        process_group: Any = None,
     ) -> None:
         if isinstance(optimizer, BNPreconditioner):
             raise TypeError("optimizer is already a BNPreconditioner: wrap the base optimizer once")
@@ -117,8 +133,10 @@ class BNPreconditioner(Optimizer):
             model,
             StatisticsOptions(stat_decay, var_rel_eps, var_eps, step_scale, bool(debias), variance, max_observations),
             {"mode": mode, "stat_interval": int(stat_interval), "skip": rules, "compiled": bool(compiled)},
+            Ranks(checked_group(process_group)),
         )
         try:
+            check_decay(optimizer, self._form)
             check_differentiable(optimizer, has_layers=bool(self._tracker.layers))
             self._advise(at_the_door(optimizer, model, self._traits, self._form, self._tracker))
         except (ValueError, Warning):  # warnings may be errors: leave the model as it was
@@ -135,25 +153,27 @@ class BNPreconditioner(Optimizer):
         return cls(optimizer, model, **(letter | options))
 
     def _setup(
-        self, optimizer: Optimizer, model: nn.Module, options: StatisticsOptions, settings: dict[str, Any]
+        self,
+        optimizer: Optimizer,
+        model: nn.Module,
+        options: StatisticsOptions,
+        settings: dict[str, Any],
+        ranks: Ranks,
     ) -> None:
-        self.base_optimizer = optimizer
+        self._go_around(optimizer)
+        self._ranks = ranks
         self._model = model
         self._options = options
         self._settings = settings
         self._traits = traits_of(optimizer)
         self._form = self._traits.form if settings["mode"] == "auto" else settings["mode"]
+        self._about = {"the base": type(optimizer).__name__, "the form": self._form} | vars(options)
+        self._about |= {key: settings[key] for key in ("stat_interval", "compiled")}
         self._apply = CompiledTransforms() if settings["compiled"] else apply_to_all
         self._z = ZCoordinates(optimizer, self._traits, self._apply)
-        self._progress = {"steps": 0}  # an object: clients copy our __dict__ and must see the same count
+        # an object: clients copy our __dict__ and must see the same count
+        self._progress = {"steps": 0, "started": 0}
         self._warned: set[str] = set()
-        self._optimizer_step_pre_hooks = OrderedDict()
-        self._optimizer_step_post_hooks = OrderedDict()
-        self._optimizer_state_dict_pre_hooks = OrderedDict()
-        self._optimizer_state_dict_post_hooks = OrderedDict()
-        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
-        self._optimizer_load_state_dict_post_hooks = OrderedDict()
-        self._patch_step_function()
         self._tracking: dict[str, Any] = {"tracker": None, "restore": {}}
 
     @property
@@ -180,35 +200,6 @@ class BNPreconditioner(Optimizer):
     def _measures_next(self) -> bool:
         return bool(self._progress["steps"] % self._settings["stat_interval"] == 0)
 
-    # The base's own objects. Lightning assigns to them, so they need setters.
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The base's parameter groups."""
-        return self.base_optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
-        self.base_optimizer.param_groups = value
-
-    @property
-    def state(self) -> Any:
-        """The base's state (statistics are not in it)."""
-        return self.base_optimizer.state
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        self.base_optimizer.state = value
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The base's defaults."""
-        return self.base_optimizer.defaults
-
-    @defaults.setter
-    def defaults(self, value: dict[str, Any]) -> None:
-        self.base_optimizer.defaults = value
-
     # The algorithm
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -217,20 +208,28 @@ class BNPreconditioner(Optimizer):
         Args:
             closure: Computes the loss and its gradients; run once, with gradients enabled. Returned is its result.
         """
+        check_after_backward()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         tracker = self._tracker
+        rehearsal = tracker.idle and is_rehearsal(self.param_groups)
+        together = not rehearsal and self._ranks.group(self._model) is not None
         with torch.no_grad():
             base_step = enter(self.base_optimizer)
             try:
                 live = tracker.live(self._owned())
-                if "seen" not in self._warned:
-                    self._advise(at_first_steps(live, tracker, self.param_groups))
+                if "seen" not in self._warned and not rehearsal:
+                    self._advise(at_first_steps(live, tracker, together=together, steps=self._progress["steps"]))
                     if any(tracker.fired(x.layer) for x in live):
                         self._warned.add("seen")  # a forward was seen: all is well
-                tracker.commit()
+                if not together:
+                    tracker.commit()
+                elif tracker.gate.due:
+                    tracker.commit(partial(self._ranks.share, about=self._about, steps=self._progress["steps"]))
+                else:
+                    tracker.drop()
                 tasks = [(x, tracker.factors(x.layer)) for x in live if x.layer in tracker.ready]
                 if self._form == "two_sided":
                     self._z.step(base_step, tasks)
@@ -240,6 +239,9 @@ class BNPreconditioner(Optimizer):
             finally:
                 tracker.release()
             leave(self.base_optimizer)
+        self._progress["started"] = 1
+        if rehearsal:
+            return loss
         self._progress["steps"] += 1
         tracker.gate.due = self._measures_next()
         return loss
@@ -284,7 +286,12 @@ class BNPreconditioner(Optimizer):
 
     def coverage(self) -> Coverage:
         """Per parameter: preconditioned or passed through, and why. ``print(optimizer.coverage())``."""
-        return coverage_of(self._model, self._tracker, self.param_groups, started=self._progress["steps"] > 0)
+        return coverage_of(self._model, self._tracker, self.param_groups, started=self._progress["started"] > 0)
+
+    @property
+    def synchronization(self) -> Synchronization | None:
+        """Ranks that share their samples and bytes that each contributes to a step; None before, or alone."""
+        return self._ranks.synchronization
 
     def __repr__(self) -> str:
         return (
@@ -302,8 +309,9 @@ class BNPreconditioner(Optimizer):
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        steps = self._progress["steps"]
-        state_dict = merge(self.base_optimizer.state_dict(), self.param_groups, self._tracker, steps)
+        steps, started = self._progress["steps"] % self._settings["stat_interval"], self._progress["started"] > 0
+        base = self.base_optimizer.state_dict()
+        state_dict = merge(base, self.param_groups, self._tracker, steps=steps, started=started)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = post_hook(self, state_dict) or state_dict
         return state_dict
@@ -324,7 +332,7 @@ class BNPreconditioner(Optimizer):
         self._tracker.reset()
         for layer, snapshot in loaded.snapshots.items():
             self._tracker.restore(layer, snapshot)
-        self._progress["steps"] = loaded.steps
+        self._progress |= {"steps": loaded.steps, "started": int(bool(loaded.snapshots))}
         self._tracker.gate.due = self._measures_next()
         if loaded.foreign:
             self._advise([COLD])
@@ -338,13 +346,14 @@ class BNPreconditioner(Optimizer):
             "model": self._model,
             "options": self._options,
             "settings": self._settings,
-            "steps": self._progress["steps"],
+            "ranks": self._ranks,
+            "progress": dict(self._progress),
             "statistics": {layer.name: tracker.snapshot(layer) for layer in tracker.layers if layer in tracker.ready},
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._setup(state["base_optimizer"], state["model"], state["options"], state["settings"])
-        self._progress["steps"] = state["steps"]
+        self._setup(*(state[key] for key in ("base_optimizer", "model", "options", "settings", "ranks")))
+        self._progress |= state["progress"]
         self._tracking["restore"] = state["statistics"]
         if "_modules" in state["model"].__dict__:
             _ = self._tracker  # hooks from the copy's first forward on

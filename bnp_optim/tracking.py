@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from bnp_optim.bank import StatisticsBank
 from bnp_optim.capture import ForwardTap, LazyTap, Tapped, drop_inert_taps
 from bnp_optim.discovery import Findings, Layer, SkipRule, find_layers
+from bnp_optim.exchange import Batches, Shared
 from bnp_optim.intake import Gate, Intake
 from bnp_optim.layers import ModuleAdapter
 from bnp_optim.places import Home, LiveLayer, Place, dense_grad, home_of, statistics_home
@@ -141,36 +142,55 @@ class Tracker:
         """The gradients were zeroed, and with them go the samples they were made of."""
         self.gate.era += 1
 
-    def commit(self) -> None:
+    @property
+    def idle(self) -> bool:
+        """Whether no sample waits for a step."""
+        return not any(place.intake.batches or place.intake.traced for place in self._places.values())
+
+    def commit(self, share: Callable[..., Shared] | None = None) -> None:
         """Commit the samples behind the gradients of the layers that ``live()`` has found.
+
+        Args:
+            share: Turns this process's samples into those of all; see :meth:`bnp_optim.distributed.Ranks.share`.
 
         Raises:
             ValueError: if an adapter contradicts the class that it was registered for; nothing has changed then.
         """
-        for place in self._places.values():
-            if place.intake.error is not None:
-                raise ValueError(place.intake.error)
+        error = next((p.intake.error for p in self._places.values() if p.intake.error is not None), None)
+        if error is not None and share is None:
+            raise ValueError(error)
         for place in self._places.values():
             weight = None if place.live is None else place.live.weight
             if weight is not None and (weight.dtype is not place.dtype or weight.device != place.device):
                 self._move()
                 break
-        batches = [[place.take() for place in shelf] for shelf in self._shelves]
+        batches: Batches = [[place.take() for place in shelf] for shelf in self._shelves]
+        counts: Sequence[Tensor | None] = [None] * len(batches)
+        if share is not None and self._shelves:
+            batches, counts = share(self._shelves, batches, on_host=self._reads, error=error)
         if not any(m is not None for batch in batches for m in batch):
             return
         banks = [shelf[0].bank for shelf in self._shelves]
-        finite = [bank.propose(batch) for bank, batch in zip(banks, batches, strict=True)]
+        finite = [bank.propose(batch, n) for bank, batch, n in zip(banks, batches, counts, strict=True)]
         for shelf, bank, batch in zip(self._shelves, banks, batches, strict=True):
             everywhere = finite[0] if len(finite) == 1 else _all(finite, bank.now.q2.device)
             bank.settle(everywhere)
             if everywhere is False:
                 continue
             if len(self.ready) < len(self.layers):
-                self.ready.update(place.layer for place, m in zip(shelf, batch, strict=True) if m is not None)
+                # NOTE: where only the device knows whether any rank has samples, a layer without is one with P = I
+                self.ready.update(
+                    p.layer for p, m in zip(shelf, batch, strict=True) if m is not None and p.live is not None
+                )
             if self.options.step_scale == "spectral":
                 for place in shelf:
                     place.power_step(everywhere)
                 bank.refresh()
+
+    def drop(self) -> None:
+        """Let the samples behind the gradients go uncounted."""
+        for place in self._places.values():
+            place.take()
 
     def factors(self, layer: Layer) -> Factors:
         """P of the layer, from the statistics as committed."""
@@ -224,7 +244,7 @@ class Tracker:
         homes: dict[Home, list[int]] = {}
         for i, layer in enumerate(self.layers):
             homes.setdefault(statistics_home(layer), []).append(i)
-        on_host = self._on_host and all(device.type == "cpu" for device, _ in homes)
+        self._reads = self._on_host and all(device.type == "cpu" for device, _ in homes)
         self._shelves: list[list[Place]] = []  # the layers of each bank, by row
         for (device, dtype), members in homes.items():
             for shelf in shelves([self.layers[i].rows.statistics for i in members]):
@@ -235,7 +255,7 @@ class Tracker:
                     device=device,
                     dtype=dtype,
                     squared=self._squared,
-                    on_host=on_host,
+                    on_host=self._reads,
                 )
                 self._shelves.append(
                     [
