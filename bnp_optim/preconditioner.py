@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from torch.optim import Optimizer
 
 from bnp_optim.advice import COLD, at_first_steps, at_the_door
 from bnp_optim.application import CompiledTransforms, apply_to_all, gradient_task
-from bnp_optim.bases import enter, leave, traits_of
+from bnp_optim.bases import become_optimizer, enter, leave, traits_of
 from bnp_optim.checkpoint import merge, split
 from bnp_optim.checks import check_choice, check_differentiable, check_number, check_objects, checked_skip
 from bnp_optim.coverage import Coverage, coverage_of
@@ -120,7 +119,7 @@ class BNPreconditioner(Optimizer):
         )
         try:
             check_differentiable(optimizer, has_layers=bool(self._tracker.layers))
-            self._advise(at_the_door(optimizer, model, self._traits, self._form, self._tracker))
+            self._advise(at_the_door(optimizer, model, self._form, self._tracker))
         except (ValueError, Warning):  # warnings may be errors: leave the model as it was
             self._tracker.detach()
             raise
@@ -144,16 +143,10 @@ class BNPreconditioner(Optimizer):
         self._traits = traits_of(optimizer)
         self._form = self._traits.form if settings["mode"] == "auto" else settings["mode"]
         self._apply = CompiledTransforms() if settings["compiled"] else apply_to_all
-        self._z = ZCoordinates(optimizer, self._traits, self._apply)
+        self._z = ZCoordinates(optimizer, self._apply)
         self._progress = {"steps": 0}  # an object: clients copy our __dict__ and must see the same count
         self._warned: set[str] = set()
-        self._optimizer_step_pre_hooks = OrderedDict()
-        self._optimizer_step_post_hooks = OrderedDict()
-        self._optimizer_state_dict_pre_hooks = OrderedDict()
-        self._optimizer_state_dict_post_hooks = OrderedDict()
-        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
-        self._optimizer_load_state_dict_post_hooks = OrderedDict()
-        self._patch_step_function()
+        become_optimizer(self)
         self._tracking: dict[str, Any] = {"tracker": None, "restore": {}}
 
     @property
