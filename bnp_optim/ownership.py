@@ -30,7 +30,8 @@ def find_model(parameters: Collection[Tensor]) -> nn.Module:
     """
     wanted = {id(p) for p in parameters}
     roots, disputed = _roots(wanted)
-    if disputed:  # perhaps only by what waits for the garbage collector
+    if disputed:  # perhaps only by what waits for the garbage collector: let go of it
+        roots, disputed = [], None
         gc.collect()
         roots, disputed = _roots(wanted)
     if disputed:
