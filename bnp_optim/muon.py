@@ -15,8 +15,7 @@ from bnp_optim.checks import check_number, checked_skip
 from bnp_optim.combined import CombinedOptimizer
 from bnp_optim.discovery import SkipRule, clean_name, find_layers, matches
 from bnp_optim.layers.registry import adapter_for
-from bnp_optim.named import NamedOptimizer, Params, apart
-from bnp_optim.ownership import find_model
+from bnp_optim.named import NamedOptimizer, Params, apart, found
 from bnp_optim.preconditioner import Mode, StepScale, Variance
 
 __all__ = ["BNPMuon"]
@@ -88,10 +87,10 @@ class BNPMuon(NamedOptimizer):
             )
         check_number("lr", lr, lambda x: x >= 0, "at least 0, such as 1e-2")
         tensors, model = apart(params, model)
-        groups = _Groups(tensors, {}).param_groups
+        groups = _Groups(tensors, {})
         if model is None:
-            model = find_model([p for group in groups for p in group["params"]])
-        self._build(given | {"params": groups, "model": model}, partial(muon_and_adamw, model=model))
+            model = found(groups, skip, head)
+        self._build(given | {"params": groups.param_groups, "model": model}, partial(muon_and_adamw, model=model))
 
 
 class _Groups(Optimizer):

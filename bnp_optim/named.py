@@ -17,7 +17,7 @@ from bnp_optim.discovery import SkipRule
 from bnp_optim.ownership import find_model
 from bnp_optim.preconditioner import BNPreconditioner, Mode, StepScale, Variance
 
-__all__ = ["BNPSGD", "BNPAdam", "BNPAdamW", "NamedOptimizer", "Params", "apart"]
+__all__ = ["BNPSGD", "BNPAdam", "BNPAdamW", "NamedOptimizer", "Params", "apart", "found"]
 
 Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 _WRAPPER = [p.name for p in inspect.signature(BNPreconditioner).parameters.values() if p.kind is p.KEYWORD_ONLY]
@@ -28,6 +28,12 @@ def apart(params: Any, model: nn.Module | None) -> tuple[Any, nn.Module | None]:
     if isinstance(params, nn.Module):
         return params.parameters(), params if model is None else model
     return params, model
+
+
+def found(optimizer: Optimizer, *rules: Any) -> nn.Module:
+    """The model of the optimizer's parameters, in which the names among ``rules`` make sense."""
+    names = [rule for some in rules if isinstance(some, Collection) for rule in some if isinstance(rule, str)]
+    return find_model([p for group in optimizer.param_groups for p in group["params"]], names)
 
 
 class NamedOptimizer(BNPreconditioner):
@@ -53,7 +59,7 @@ class NamedOptimizer(BNPreconditioner):
         }
         optimizer = base(params, **options)  # consumes a generator; its groups say what was in it
         if model is None:
-            model = find_model([p for group in optimizer.param_groups for p in group["params"]])
+            model = found(optimizer, given["skip"])
         BNPreconditioner.__init__(self, optimizer, model, **{key: given[key] for key in _WRAPPER})
 
 
@@ -70,7 +76,7 @@ class BNPSGD(NamedOptimizer):
     Args:
         params: The model itself, or what ``torch.optim.SGD`` takes.
         model: Where the layers are. None: the smallest live module that contains the owners of all ``params``, found
-            by a look at all live objects; names in ``skip`` are then as in that module.
+            by a look at all live objects. If ``skip`` has names, the smallest in which they name modules.
 
     Raises:
         ValueError: if ``model`` is None and a parameter belongs to modules without a common parent.

@@ -16,8 +16,11 @@ class Ownerless(nn.Module):
     """Stands for the model where no live module owns the parameters."""
 
 
-def find_model(parameters: Collection[Tensor]) -> nn.Module:
+def find_model(parameters: Collection[Tensor], names: Iterable[str] = ()) -> nn.Module:
     """The smallest live module that contains every module which owns one of ``parameters``.
+
+    Of several, it is the smallest that knows all ``names``, as of modules in it: what a configuration calls
+    "net.head" speaks of the module around "net".
 
     If no single one does, as with two networks under one optimizer, an ``nn.ModuleList`` of the smallest that
     together do; an :class:`Ownerless` if nobody owns any.
@@ -29,11 +32,11 @@ def find_model(parameters: Collection[Tensor]) -> nn.Module:
         ValueError: if modules without a common parent own the same parameter.
     """
     wanted = {id(p) for p in parameters}
-    roots, disputed = _roots(wanted)
+    roots, disputed = _roots(wanted, set(names))
     if disputed:  # perhaps only by what waits for the garbage collector: let go of it
         roots, disputed = [], None
         gc.collect()
-        roots, disputed = _roots(wanted)
+        roots, disputed = _roots(wanted, set(names))
     if disputed:
         first, second = disputed
         raise ValueError(
@@ -46,7 +49,7 @@ def find_model(parameters: Collection[Tensor]) -> nn.Module:
     return roots[0] if len(roots) == 1 else nn.ModuleList(roots)
 
 
-def _roots(wanted: set[int]) -> tuple[list[nn.Module], tuple[nn.Module, nn.Module] | None]:
+def _roots(wanted: set[int], names: set[str]) -> tuple[list[nn.Module], tuple[nn.Module, nn.Module] | None]:
     """The smallest modules that cover all owners, and two owners of one parameter that are in none together."""
     # NOTE: the type is asked, not the object: isinstance would wake proxies and lazily imported modules
     live = [x for x in gc.get_objects() if issubclass(type(x), nn.Module) and "_parameters" in x.__dict__]
@@ -72,9 +75,9 @@ def _roots(wanted: set[int]) -> tuple[list[nn.Module], tuple[nn.Module, nn.Modul
 
     roots: list[nn.Module] = []
     home: dict[int, int] = {}  # owner → its root
-    sizes = {key: sum(1 for _ in m.modules()) for key, m in candidates.items()}
+    ranks = {key: _rank(m, names) for key, m in candidates.items()}
     while left := {id(owner) for owner in owners} - home.keys():
-        best = max(covered, key=lambda key: (len(covered[key] & left), -sizes[key]))
+        best = max(covered, key=lambda key: (len(covered[key] & left), *ranks[key]))
         home |= dict.fromkeys(covered[best] & left, len(roots))
         roots.append(candidates[best])
 
@@ -85,6 +88,12 @@ def _roots(wanted: set[int]) -> tuple[list[nn.Module], tuple[nn.Module, nn.Modul
             if home[id(other)] != home[id(owner)]:
                 return roots, (other, owner)
     return roots, None
+
+
+def _rank(module: nn.Module, names: set[str]) -> tuple[bool, int]:
+    """Better if it knows the names, and if it is small."""
+    inside = [clean_name(name) for name, _ in module.named_modules()]
+    return names <= set(inside), -len(inside)
 
 
 def _parameter_name(module: nn.Module, wanted: Iterable[int]) -> str:

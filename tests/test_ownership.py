@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from bnp_optim import BNPSGD, BNPAdamW
+from bnp_optim import BNPSGD, BNPAdamW, BNPMuon
 from bnp_optim.ownership import Ownerless, find_model
 from tests.conftest import inputs, mlp, same, train, weights
 
@@ -32,6 +32,20 @@ def test_the_smallest_module_that_contains_all_owners() -> None:
     assert find_model([net[2].bias]) is net[2]
     other = Holder(net=net)  # a second tree around the same module
     assert find_model(list(net.parameters())) is net and other.net is net
+
+
+def test_names_say_which_of_the_modules_is_meant() -> None:
+    net = mlp()
+    outer = Holder(net=net)
+    for names, expected in ((["2"], net), (["net.2"], outer), (["net.2", "net"], outer), (["nowhere"], net)):
+        assert find_model(list(net.parameters()), names) is expected
+    for cls in (BNPSGD, BNPMuon) if hasattr(torch.optim, "Muon") else (BNPSGD,):
+        assert list(cls(net.parameters(), skip=["net.2"]).statistics) == ["net.0"]
+        assert list(cls(net.parameters(), skip=["2"]).statistics) == ["0"]
+        with pytest.raises(ValueError, match="skip names 'net'"):
+            cls(net.parameters(), skip=["net", "2"])
+        with pytest.raises(TypeError, match="skip must be a collection"):
+            cls(net.parameters(), skip="2")
 
 
 @pytest.mark.parametrize("called", [False, True])
