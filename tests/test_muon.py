@@ -174,3 +174,38 @@ def test_a_torch_without_muon_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.optim, "Muon", raising=False)
     with pytest.raises(RuntimeError, match=r"has no Muon, which came with 2\.9"):
         BNPMuon(deep())
+
+
+def _digits(wrapped: bool, lr: float, seed: int, batch: int, samples: int) -> float:
+    """Test accuracy of 64-64-64-10 after ``samples``; the table in docs/construction.md."""
+    from sklearn.datasets import load_digits
+
+    x, y = (torch.as_tensor(a) for a in load_digits(return_X_y=True))
+    x = x.float() / 16
+    torch.manual_seed(seed)
+    order = torch.randperm(len(y))
+    learn, look = order[:1347], order[1347:]
+    layers = [nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)]
+    model = nn.Sequential(*layers)
+    optimizer = BNPMuon(model, lr=lr)
+    if not wrapped:
+        optimizer.remove_hooks()
+    stepped: Any = optimizer if wrapped else optimizer.base_optimizer
+    for i in range(0, samples, batch):
+        chosen = learn[i % 1344 : i % 1344 + batch]
+        stepped.zero_grad()
+        nn.functional.cross_entropy(model(x[chosen]), y[chosen]).backward()
+        stepped.step()
+    return float((model(x[look]).argmax(1) == y[look]).float().mean())
+
+
+@needs_muon
+@pytest.mark.parametrize(
+    ("batch", "samples", "lr"),
+    [(16, 2688, 1e-2), pytest.param(1, 1000, 3e-2, marks=pytest.mark.slow)],
+)
+def test_the_wrapper_lifts_muon(batch: int, samples: int, lr: float) -> None:
+    """Measured: .968 against .921 at batch 16, .930 against .879 at batch 1 (means of seeds 0, 1, 2)."""
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    lift = [_digits(True, lr, seed, batch, samples) - _digits(False, lr, seed, batch, samples) for seed in range(3)]
+    assert sum(lift) / 3 > 0.02 and min(lift) > 0
