@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim import SGD, Adam, AdamW
 
 from bnp_optim import BNPreconditioner, CombinedOptimizer
@@ -129,3 +130,21 @@ def test_a_subclass_with_a_step_of_its_own_is_an_optimizer_of_unknown_class() ->
     optimizer = BNPreconditioner(Twice(combined(model, weight_decay=0.0).optimizers), model)
     train(model, optimizer, inputs(2))
     assert int(optimizer.base_optimizer.optimizers[1].state[model[0].bias]["step"]) == 4  # type: ignore[attr-defined]
+
+
+def test_torch_distributed_checkpoint_keeps_state_and_statistics() -> None:
+    def start() -> Any:
+        model = mlp()
+        return model, BNPreconditioner(combined(model), model)
+
+    model, optimizer = start()
+    train(model, optimizer, inputs(4))
+    optimizer.zero_grad()
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+    fresh, resumed = start()
+    fresh.load_state_dict(model.state_dict())
+    set_optimizer_state_dict(fresh, resumed, saved)
+    assert resumed.statistics["0"].count == 32
+    for m, o in ((model, optimizer), (fresh, resumed)):
+        train(m, o, inputs(3, seed=2))
+    assert same(weights(fresh), weights(model))
