@@ -102,20 +102,20 @@ def check_differentiable(optimizer: Optimizer, *, has_layers: bool) -> None:
         )
 
 
-def checked_skip(skip: Any, model: nn.Module) -> tuple[SkipRule, ...]:
-    """The rules of ``skip``, each of which fits the model."""
+def checked_skip(skip: Any, model: nn.Module, name: str = "skip") -> tuple[SkipRule, ...]:
+    """The rules of the argument ``name``, each of which fits the model."""
     if isinstance(skip, (str, type, nn.Module)) or not isinstance(skip, Iterable):
         raise TypeError(
-            f"skip must be a collection of module classes, names or modules, got {skip!r}: write skip=[...]"
+            f"{name} must be a collection of module classes, names or modules, got {skip!r}: write {name}=[...]"
         )
     rules = tuple(skip)
-    names = {clean_name(name) for name, _ in model.named_modules()}
+    names = {clean_name(n) for n, _ in model.named_modules()}
     for rule in rules:
         if isinstance(rule, str):
             if rule not in names:
-                raise ValueError(f"skip names {rule!r}, which is no module of the model: see model.named_modules()")
+                raise ValueError(f"{name} names {rule!r}, which is no module of the model: see model.named_modules()")
         elif not (isinstance(rule, nn.Module) or (isinstance(rule, type) and issubclass(rule, nn.Module))):
-            raise TypeError(f"skip holds {rule!r}: give module classes, names or modules")
+            raise TypeError(f"{name} holds {rule!r}: give module classes, names or modules")
     return rules
 
 

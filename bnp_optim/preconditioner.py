@@ -138,7 +138,7 @@ class BNPreconditioner(AroundOptimizer):
         try:
             check_decay(optimizer, self._form)
             check_differentiable(optimizer, has_layers=bool(self._tracker.layers))
-            self._advise(at_the_door(optimizer, model, self._traits, self._form, self._tracker))
+            self._advise(at_the_door(optimizer, model, self._form, self._tracker))
         except (ValueError, Warning):  # warnings may be errors: leave the model as it was
             self._tracker.detach()
             raise
@@ -170,7 +170,7 @@ class BNPreconditioner(AroundOptimizer):
         self._about = {"the base": type(optimizer).__name__, "the form": self._form} | vars(options)
         self._about |= {key: settings[key] for key in ("stat_interval", "compiled")}
         self._apply = CompiledTransforms() if settings["compiled"] else apply_to_all
-        self._z = ZCoordinates(optimizer, self._traits, self._apply)
+        self._z = ZCoordinates(optimizer, self._apply)
         # an object: clients copy our __dict__ and must see the same count
         self._progress = {"steps": 0, "started": 0}
         self._warned: set[str] = set()

@@ -8,7 +8,7 @@ for that call.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from bnp_optim.application import Task, add_on_rows, apply_on_rows, gradient_task
-from bnp_optim.bases import BaseTraits
+from bnp_optim.bases import BaseTraits, leaves_of, traits_of
 from bnp_optim.places import LiveLayer
 from bnp_optim.transform import Factors, from_z, to_z
 
@@ -28,31 +28,33 @@ class ZCoordinates:
 
     Args:
         base: The base optimizer.
-        traits: Its traits.
         apply: Runs a transform on all layers.
     """
 
-    def __init__(
-        self, base: Optimizer, traits: BaseTraits, apply: Callable[[Callable[..., None], Sequence[Task]], None]
-    ) -> None:
-        self._base = base
+    def __init__(self, base: Optimizer, apply: Callable[[Callable[..., None], Sequence[Task]], None]) -> None:
+        self._leaves = [(leaf, traits_of(leaf)) for leaf in leaves_of(base)]
+        self._additive = all(traits.additive for _, traits in self._leaves)
         self._apply = apply
-        self._traits = traits
         self._buffers: dict[int, Tensor] = {}
 
     def step(self, base_step: Callable[[], Any], layers: Sequence[tuple[LiveLayer, Factors]]) -> None:
         """One step of the base with the parameters of ``layers`` seen as z."""
-        group_of = {id(p): group for group in self._base.param_groups for p in group["params"]}
+        decay_of: dict[int, tuple[float, Any]] = {}
+        for leaf, traits in self._leaves:
+            for group in leaf.param_groups:
+                decay_of |= dict.fromkeys(map(id, group["params"]), _decay(traits, group))
         parameters = [p for x, _ in layers for p in (x.weight, x.bias) if p is not None]
-        decays = [_decay(self._traits, group_of[id(p)]) for p in parameters]
+        decays = [decay_of[id(p)] for p in parameters]
         for p, (l2, _) in zip(parameters, decays, strict=True):
             if p.grad is not None and l2:
                 p.grad.add_(p, alpha=l2)
         self._apply(to_z, [gradient_task(x, f) for x, f in layers])
 
         self._buffers = {id(p): self._buffer(p) for p in parameters}
-        with _decay_off(self._base, self._traits, set(self._buffers)):
-            (self._from_zero if self._traits.additive else self._from_here)(base_step, parameters)
+        with ExitStack() as stack:
+            for leaf, traits in self._leaves:
+                stack.enter_context(_decay_off(leaf, traits, set(self._buffers)))
+            (self._from_zero if self._additive else self._from_here)(base_step, parameters)
         for p, (_, shrink) in zip(parameters, decays, strict=True):
             if shrink is not None:
                 p.mul_(shrink)

@@ -22,7 +22,8 @@ def blocks(document: str) -> list[str]:
 
 
 def test_readme(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loop, lightning, stream, watching = blocks("README.md")
+    marks = ("print(optimizer.coverage())", "def configure_optimizers", "def stream", "BNPAdamW", "lightning_callbacks")
+    loop, lightning, stream, named, watching = (next(b for b in blocks("README.md") if mark in b) for mark in marks)
     scope: dict[str, Any] = {}
     exec(loop, scope)
     assert scope["optimizer"].statistics["0"].count == 320
@@ -33,6 +34,9 @@ def test_readme(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch:
     exec(stream, scope)
     assert scope["optimizer"].statistics["0"].count == 200
     assert scope["error"] / 200 < 1.0  # the answer is around 5
+
+    exec(named, scope)
+    assert repr(scope["optimizer"]).startswith("BNPAdamW(AdamW, 2 layers, mode='two_sided'")
 
     pytest.importorskip("pytorch_lightning", reason="the Lightning example needs pytorch-lightning")
     exec(lightning, scope)
@@ -79,6 +83,22 @@ def test_the_table_of_the_readme() -> None:
     mine = [[cell.split() for cell in line.split("  ") if cell] for line in str(optimizer.coverage()).splitlines()]
     assert lines[0] == mine[0]
     assert lines[2:] == mine[2:]
+
+
+def test_construction_page() -> None:
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    scope: dict[str, Any] = {}
+    for code in blocks("docs/construction.md"):
+        exec(code, scope)
+    assert same_groups(scope["by_hand"], scope["optimizer"])
+    assert [len(group["params"]) for group in scope["optimizer"].param_groups] == [2, 4]
+
+
+def same_groups(a: Any, b: Any) -> bool:
+    return [(g["lr"], g["weight_decay"], [id(p) for p in g["params"]]) for g in a.param_groups] == [
+        (g["lr"], g["weight_decay"], [id(p) for p in g["params"]]) for g in b.param_groups
+    ]
 
 
 @pytest.fixture
