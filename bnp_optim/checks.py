@@ -13,6 +13,9 @@ from bnp_optim.discovery import SkipRule, clean_name
 
 __all__ = ["check_choice", "check_differentiable", "check_number", "check_objects", "checked_skip"]
 
+# Their optimizers' steps unscale, skip, or do nothing while gradients accumulate: ours must not come before
+_TRAINERS = ("accelerate", "lightning_fabric", "pytorch_lightning", "lightning")
+
 
 def check_objects(optimizer: Any, model: Any) -> None:
     """Refuse what is no optimizer or no model, and the ones that cannot work."""
@@ -20,6 +23,13 @@ def check_objects(optimizer: Any, model: Any) -> None:
         raise TypeError(
             f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}: build it first, such as "
             "torch.optim.SGD(model.parameters(), lr=0.1)"
+        )
+    inner = getattr(optimizer, "optimizer", None)
+    if isinstance(inner, Optimizer) and any(_package(cls) in _TRAINERS for cls in type(optimizer).__mro__):
+        name = type(inner).__name__
+        raise TypeError(
+            f"optimizer is the {type(optimizer).__name__} that a trainer has made of {name}: wrap {name} before, and "
+            f"hand the trainer BNPreconditioner({name}(...), model)"
         )
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: pass the module, not its output")
@@ -73,3 +83,7 @@ def check_choice(name: str, value: Any, choices: tuple[str | None, ...]) -> None
     """Refuse what is not among the choices."""
     if value not in choices:
         raise ValueError(f"{name} is {value!r}, it must be one of {', '.join(map(repr, choices))}")
+
+
+def _package(cls: type) -> str:
+    return cls.__module__.partition(".")[0]
