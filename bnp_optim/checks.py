@@ -22,6 +22,9 @@ __all__ = [
     "checked_skip",
 ]
 
+# Their optimizers' steps unscale, skip, or do nothing while gradients accumulate: ours must not come before
+_TRAINERS = ("accelerate", "lightning_fabric", "pytorch_lightning", "lightning")
+
 
 def check_objects(optimizer: Any, model: Any) -> None:
     """Refuse what is no optimizer or no model, and the ones that cannot work."""
@@ -30,6 +33,13 @@ def check_objects(optimizer: Any, model: Any) -> None:
         raise TypeError(
             f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}: build it first, such as "
             "torch.optim.SGD(model.parameters(), lr=0.1)"
+        )
+    inner = getattr(optimizer, "optimizer", None)
+    if isinstance(inner, Optimizer) and any(_is_a(optimizer, trainer) for trainer in _TRAINERS):
+        name = type(inner).__name__
+        raise TypeError(
+            f"optimizer is the {type(optimizer).__name__} that a trainer has made of {name}: wrap {name} before, and "
+            f"hand the trainer BNPreconditioner({name}(...), model)"
         )
     if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
         raise TypeError(

@@ -113,7 +113,7 @@ class BNPreconditioner(AroundOptimizer):
         skip: Collection[SkipRule] = (),
         process_group: Any = None,
     ) -> None:
-        if isinstance(optimizer, BNPreconditioner):
+        if any(isinstance(x, BNPreconditioner) for x in (optimizer, getattr(optimizer, "optimizer", None))):
             raise TypeError("optimizer is already a BNPreconditioner: wrap the base optimizer once")
         check_objects(optimizer, model)
         check_number("stat_decay", stat_decay, lambda x: 0 <= x < 1, "in [0, 1), such as 0.99")

@@ -52,6 +52,31 @@ def test_readme(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch:
     )
 
 
+def test_integrations_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One net all along: what was measured goes on from client to client, but each wrapper starts anew."""
+    batches = [(torch.randn(8, 20), torch.randint(2, (8,))) for _ in range(4)]
+    scope: dict[str, Any] = {"batches": batches}
+    amp, fabric, accelerate, resume = blocks("docs/integrations.md")
+    exec(amp, scope)
+    assert 0 < scope["optimizer"].statistics["0"].count <= 32  # the scaler may skip the first steps
+    pytest.importorskip("lightning_fabric", reason="the Fabric example needs it")
+    pytest.importorskip("accelerate", reason="the Accelerate example needs it")
+    for code in (fabric, accelerate):
+        exec(code, scope)
+        assert scope["wrapper"].statistics["0"].count == 32
+    monkeypatch.chdir(tmp_path)
+    before = scope["wrapper"].statistics["0"].mean
+    exec(resume, scope)
+    assert torch.equal(scope["wrapper"].statistics["0"].mean, before)
+
+
+def test_the_tests_that_the_integrations_page_names() -> None:
+    rows = [line for line in (ROOT / "docs/integrations.md").read_text(encoding="utf-8").splitlines() if "| `" in line]
+    names = {name for row in rows for name in re.findall(r"`((?:\w+/)?test_\w+\.py)`", row.split("|")[-2])}
+    assert len(names) > 15
+    assert not [n for n in names if not any((ROOT / "tests" / f / n).is_file() for f in ("", "clients"))]
+
+
 def test_callbacks_page() -> None:
     pytest.importorskip("pytorch_lightning", reason="the callbacks need pytorch-lightning")
     scope: dict[str, Any] = {}
