@@ -70,7 +70,8 @@ def test_gradient_descent_contracts_as_told_raw_and_after_p() -> None:
         found = effective_condition_number(problem.matrix)
         kappa[preconditioned] = found.condition_number
         assert (found.rank, found.size) == (10, 12)
-        rate = problem.measured_rate(found.best_step, 100, 300)
+        # once the other eigenvectors' parts are gone, and before rounding is all that is left
+        rate = problem.measured_rate(found.best_step, *((100, 300) if preconditioned else (300, 900)))
         assert 1 - rate == pytest.approx(2 / (found.condition_number + 1), rel=0.02)
         assert contraction_rate(found) == pytest.approx(1 - 2 / (found.condition_number + 1), rel=1e-12)
     assert kappa[False] / kappa[True] >= 100

@@ -109,7 +109,7 @@ def test_nothing_is_left_behind() -> None:
 
 
 def largest_loss(activation: type[nn.Module], c: float, noise: float | None, seed: int) -> float:
-    """Over 60 steps at c·2/λ, λ measured, M = 400: relative to the first. Labels N(0, I), or so far from the outputs."""
+    """Over 60 steps at c·2/λ, M = 400: relative to the first. Labels N(0, I), or so far from the outputs."""
     w, b = (3.0, 0.64) if activation is nn.Tanh else (2.0, 0.1)
     net = mlp([400, 400, 400, 2], activation, w, b, seed)
     x = inputs(100, 400, seed=seed)
@@ -128,7 +128,7 @@ def largest_loss(activation: type[nn.Module], c: float, noise: float | None, see
 
 
 def test_gradient_descent_knows_lambda_max() -> None:
-    """Where the loss is large the net's curvature gives way, so what c = 1.3 reaches varies from 4 to 10: their mean."""
+    """Where the loss is large the net's curvature gives way, so what c = 1.3 reaches varies from 4 to 10."""
     assert max(largest_loss(nn.Tanh, 0.9, None, seed) for seed in range(4)) <= 1.05
     assert sum(largest_loss(nn.Tanh, 1.3, None, seed) for seed in range(4)) / 4 > 5
 

@@ -81,7 +81,7 @@ def test_what_could_not_be_read_is_listed() -> None:
     assert norm.running_var is not None
     norm.running_var.fill_(9.0)
     linear = nn.Linear(8, 4)
-    nn.init.uniform_(linear.weight, 0.0, 1.0)
+    nn.init.uniform_(linear.weight, 0.5, 1.0)
     net = nn.Sequential(
         conv, norm.eval(), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5), linear, nn.Softmax(dim=1)
     )
