@@ -14,7 +14,7 @@ TORCH_PIN := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help venv test test-all lint format demo benchmark-quick benchmark-overhead benchmark-sampling \
-	benchmark-layers benchmark-sequences benchmark-curvature build clean
+	benchmark-layers benchmark-sequences benchmark-curvature benchmark-theory build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' Makefile
@@ -74,6 +74,9 @@ benchmark-sequences: $(STAMP) ## a recurrent network at many learning rates, abo
 benchmark-curvature: $(STAMP) ## what an estimate of curvature costs, beside others, and the figure of docs/curvature.md
 	$(BIN)/python -m benchmarks.curvature
 	$(BIN)/python -m benchmarks.curvature --figure
+
+benchmark-theory: $(STAMP) ## theory, predicted against measured: one figure per paper, about 10 minutes
+	$(BIN)/python -m benchmarks.theory
 
 build: $(STAMP) ## build sdist and wheel, and try the wheel in a fresh environment
 	rm -rf build dist
