@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from torch import nn
 
 from benchmarks.theory_common import COLORS, Check, Row, inputs, measured_optimizer, mlp, tidy
@@ -104,9 +105,11 @@ def draw(rows: Sequence[Row]) -> Figure:
     steps.axvline(1, color="0.5", linestyle=":", linewidth=1)
     growth.loglog()
     cured.loglog()
-    for ax in (growth, cured):
-        ax.set_xticks(widths, [str(m) for m in widths], minor=False)
-        ax.minorticks_off()
+    for ax, shown in ((growth, widths), (cured, widths[1:])):
+        ax.set_xticks(shown, [str(m) for m in shown])
+        ax.xaxis.set_minor_formatter(NullFormatter())
+    growth.set_yticks([30, 100, 300, 700], ["30", "100", "300", "700"])
+    growth.yaxis.set_minor_formatter(NullFormatter())
     steps.set_yscale("log")
     tidy(growth, "λ_max grows with the width (T = 100)", "width M", "λ_max of the Fisher matrix")
     tidy(cured, "unless the mean goes (T = M; bars: predicted)", "width M = samples T", "λ_max")

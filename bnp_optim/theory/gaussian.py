@@ -31,12 +31,13 @@ _NODES = (12, 16)  # per panel, of the check and of the result
 
 @dataclass(frozen=True)
 class GaussianMoments:
-    """Args: ``value`` E φ(a)², ``cross`` E φ(a)φ(b), ``slope`` E φ'(a)², ``slope_cross`` E φ'(a)φ'(b)."""
+    """E φ(a)² (``value``), E φ(a)φ(b) (``cross``), E φ'(a)², E φ'(a)φ'(b), and E φ'(a)a/√q1 (``tilt``)."""
 
     value: float
     cross: float
     slope: float
     slope_cross: float
+    tilt: float
 
 
 def gaussian_moments(activation: Activation, q1: float, q2: float) -> GaussianMoments:
@@ -77,7 +78,8 @@ def _piecewise_linear(s: float, q1: float, q2: float) -> GaussianMoments:
         return s * q + both * relu  # s² q2 + 2s(1-s) q2/2 = s q2
 
     step = s + both * (math.pi / 2 + arc) / (2 * math.pi)
-    return GaussianMoments(value(1.0, q1, math.pi / 2), value(c, q2, arc), s + both / 2, step)
+    tilt = (1 - s) / math.sqrt(2 * math.pi)
+    return GaussianMoments(value(1.0, q1, math.pi / 2), value(c, q2, arc), s + both / 2, step, tilt)
 
 
 def _erf(q1: float, q2: float) -> GaussianMoments:
@@ -88,7 +90,7 @@ def _erf(q1: float, q2: float) -> GaussianMoments:
     def value(q: float) -> float:
         return 2 / math.pi * math.asin(2 * q / (1 + 2 * q1))
 
-    return GaussianMoments(value(q1), value(q2), slope(q1), slope(q2))
+    return GaussianMoments(value(q1), value(q2), slope(q1), slope(q2), 0.0)
 
 
 @lru_cache(maxsize=8)
@@ -135,13 +137,13 @@ def _quadrature(activation: Activation, q1: float, q2: float, nodes: int) -> Gau
     landmarks = _landmarks(activation, reach)
     z, w = _panels(_edges(landmarks / math.sqrt(q1)), nodes)
     y, dy = activation.values(math.sqrt(q1) * z)
-    value, slope = float((w * y * y).sum()), float((w * dy * dy).sum())
+    value, slope, tilt = (float((w * f).sum()) for f in (y * y, dy * dy, z * dy))
     common, apart = math.sqrt(abs(q2)), math.sqrt(max(0.0, q1 - abs(q2)))
     if common == 0:
         cross, slope_cross = float((w * y).sum()) ** 2, float((w * dy).sum()) ** 2
-        return GaussianMoments(value, cross, slope, slope_cross)
+        return GaussianMoments(value, cross, slope, slope_cross, tilt)
     if apart == 0 and q2 > 0:
-        return GaussianMoments(value, value, slope, slope)
+        return GaussianMoments(value, value, slope, slope, tilt)
     # g is φ smoothed over √(q1-q2): it bends as sharply as that near the kinks
     fine = [apart * 1.5**i for i in range(-1, 80) if apart * 1.5**i < reach]
     outer = torch.cat([landmarks, _around(activation.kinks, fine)]) / common
@@ -151,7 +153,7 @@ def _quadrature(activation: Activation, q1: float, q2: float, nodes: int) -> Gau
         other, dother = g, dg
     else:
         other, dother = _smoothed(activation, -common * z, apart, landmarks, nodes)
-    return GaussianMoments(value, float((w * g * other).sum()), slope, float((w * dg * dother).sum()))
+    return GaussianMoments(value, float((w * g * other).sum()), slope, float((w * dg * dother).sum()), tilt)
 
 
 def _smoothed(activation: Activation, x: Tensor, std: float, landmarks: Tensor, nodes: int) -> tuple[Tensor, Tensor]:

@@ -211,7 +211,7 @@ def mean_field_fisher(
         pieces.append(Weights(fan_in, w[i], b[i], round((fan_in + 1) * units[i]), name=str(i + 1)))
         if not last:
             if normalization != "none":
-                pieces.append(Norm(gamma**2, normalization == "batch_frozen"))
+                pieces.append(Norm(gamma**2, normalization == "batch_frozen", positions=positions))
             pieces.append(phi)
     return fisher_of(
         pieces,
@@ -247,18 +247,16 @@ def fisher_of(
     with torch.device("cpu"), torch.no_grad():
         layers = propagate(pieces, input_moment, input_overlap)
     t = num_samples
-    lost = sum(x.centered for x in layers)
-    same = sum(x.diagonal for x in layers) + lost
-    different = sum(x.off_diagonal for x in layers) - (lost / (t - 1) if lost else 0.0)
+    same = sum(x.diagonal + x.centered for x in layers)
+    apart = [(x.centered - x.along) / max(1, t - 1) for x in layers]
+    different = sum(x.off_diagonal for x in layers) - sum(apart)
     edge = sum(
-        (x.diagonal - x.off_diagonal + (x.centered * t / (t - 1) if x.centered else 0.0))
-        / t
-        * (1 + math.sqrt(t / x.fan_in)) ** 2
-        for x in layers
+        (x.diagonal + x.centered - x.off_diagonal + a) / t * (1 + math.sqrt(t / x.fan_in)) ** 2
+        for x, a in zip(layers, apart, strict=True)
     )
     if centered_output:
-        apart = same - different
-        same, different = apart * (t - 1) / t, -apart / t
+        gap = same - different
+        same, different = gap * (t - 1) / t, -gap / t
     kinds = {"batch_frozen" if n.frozen else "batch" for n in norms}
     weights = [piece for piece in pieces if isinstance(piece, Weights)]
     return MeanFieldFisher(

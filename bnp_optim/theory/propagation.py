@@ -51,6 +51,7 @@ class Norm:
     scale2: float
     frozen: bool
     eps: float = 0.0
+    positions: int = 1
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ class Layer:
         q2_tilde: ``q̃2`` of δ between two samples.
         diagonal: What it adds to K(t, t).
         off_diagonal: What it adds to K(s, t) with statistics that do not couple the samples.
-        centered: What it adds to K(t, t), where BatchNorm after it takes the batch's mean out of its gradient; else 0.
+        centered: What it adds to K(t, t) where BatchNorm after it takes the batch's mean out of its gradient; else 0.
+        along: What of ``centered`` is left along the mean over the samples.
     """
 
     name: str
@@ -92,6 +94,7 @@ class Layer:
     diagonal: float
     off_diagonal: float
     centered: float = 0.0
+    along: float = 0.0
 
 
 def propagate(pieces: Sequence[Piece], q1: float, q2: float) -> list[Layer]:
@@ -99,8 +102,10 @@ def propagate(pieces: Sequence[Piece], q1: float, q2: float) -> list[Layer]:
 
     BatchNorm (Wei et al. for ReLU; any φ by the same steps): the normalized u has variance γ² and, between samples,
     covariance 0, since what two samples share in a unit is its mean. Backward through it with constant
-    statistics divides by v = q1 - q2, the variance *around* that mean. Through the batch's statistics δ has no mean
-    over the batch, so all layers before it lose their part of K(s, t), and q̂2's part of K(t, t) (*derived here*).
+    statistics divides by v = q1 - q2, the variance *around* that mean. Through the batch's statistics δ loses its mean
+    over the batch and its component along u, so all layers before it lose their part of K(s, t), and q̂2's part of
+    K(t, t). Along the mean over the samples a share of the rest stays: what of φ'(u) is neither constant nor linear in
+    u, or, with flattened positions, all but about 1/positions (*derived here*).
     """
     states = [(q1, q2)]
     moments: list[GaussianMoments | None] = []
@@ -111,15 +116,22 @@ def propagate(pieces: Sequence[Piece], q1: float, q2: float) -> list[Layer]:
 
     layers: list[Layer] = []
     t1, tx, t2 = 1.0, 0.0, 1.0
-    coupled = False
+    coupled, share = False, 0.0
+    before: tuple[float, float] = (1.0, 1.0)
+    bend: GaussianMoments | None = None
     for piece, (h1, h2), (u1, u2), m in reversed(list(zip(pieces, states, states[1:], moments, strict=False))):
         if isinstance(piece, Weights):
             if piece.trained:
                 own, shared = piece.fan_in * (t1 * h1 + tx * h2), piece.fan_in * t2 * h2
-                parts = (0.0, 0.0, piece.fan_in * t1 * (h1 - h2)) if coupled else (own, shared, 0.0)
+                apart = piece.fan_in * t1 * (h1 - h2)
+                parts = (0.0, 0.0, apart, share * apart) if coupled else (own, shared, 0.0, 0.0)
                 layers.append(Layer(piece.name, piece.fan_in, u1, u2, h1, h2, t1, t2, *parts))
             t1, tx, t2 = (piece.weight_variance * t for t in (t1, tx, t2))
         elif isinstance(piece, Norm):
+            if not (piece.frozen or coupled):
+                # Σ_p of all pairs of samples, over positions · Σ_p of the same sample
+                lost = 1.0 if bend is None else (bend.slope_cross + bend.tilt**2) / bend.slope
+                share = max(0.0, 1 - lost * before[1] / (before[0] * piece.positions))
             factor = piece.scale2 / (h1 - h2 + piece.eps)
             t1, tx, t2 = (factor * t for t in (t1, tx, t2))
             coupled = coupled or not piece.frozen
@@ -128,6 +140,7 @@ def propagate(pieces: Sequence[Piece], q1: float, q2: float) -> list[Layer]:
             t1, tx = t1 / k, tx + (1 - 1 / k) * t1
         else:
             assert m is not None
+            before, bend = (t1, t2), m
             t1, tx, t2 = m.slope * t1, m.slope_cross * tx, m.slope_cross * t2
     return layers[::-1]
 

@@ -210,7 +210,7 @@ class _Reader:
                 self.unread.append(f"{name}: β is not zero, as the theory has it")
         if frozen:
             self._variances.append((name, self.pieces[-1].name, float(module.running_var.double().mean())))
-        self.pieces.append(Norm(scale2, frozen, module.eps))
+        self.pieces.append(Norm(scale2, frozen, module.eps, math.prod(self.size or ())))
 
     def _average(self, name: str, module: Any) -> None:
         if not self.size:

@@ -11,7 +11,7 @@ from torch import nn
 from bnp_optim.theory import Activation, GaussianMoments, gaussian_moments
 from bnp_optim.theory.activations import as_activation
 
-FIELDS = ("value", "cross", "slope", "slope_cross")
+FIELDS = ("value", "cross", "slope", "slope_cross", "tilt")
 CLOSED = {
     "relu": Activation(torch.relu, kinks=(0.0,)),
     "erf": Activation(lambda u: torch.erf(u)),
@@ -22,13 +22,13 @@ CLOSED = {
 
 def assert_close(a: GaussianMoments, b: GaussianMoments, tolerance: float) -> None:
     for name in FIELDS:
-        scale = b.slope if name.startswith("slope") else b.value
+        scale = b.value if name in ("value", "cross") else b.slope
         assert abs(getattr(a, name) - getattr(b, name)) <= tolerance * scale, name
 
 
 @pytest.mark.parametrize("name", CLOSED)
-@pytest.mark.parametrize("q1", [1e-3, 1.0, 1e4])
-@pytest.mark.parametrize("c", [-1.0, -0.999, -0.5, 0.0, 1e-6, 0.9, 1 - 1e-6, 1 - 1e-10, 1.0])
+@pytest.mark.parametrize("q1", [1e-3, 1e4])
+@pytest.mark.parametrize("c", [-1.0, -0.999, 0.0, 0.9, 1 - 1e-10, 1.0])
 def test_quadrature_matches_closed_forms(name: str, q1: float, c: float) -> None:
     """1e-8 is asked for; the quadrature has 1e-11 from nearly equal to opposite samples."""
     assert_close(gaussian_moments(CLOSED[name], q1, c * q1), gaussian_moments(as_activation(name), q1, c * q1), 1e-11)

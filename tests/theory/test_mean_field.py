@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from bnp_optim.theory import (
+    FisherKernel,
     fisher_lambda_max,
     mean_field_fisher,
     mean_field_fisher_from_model,
@@ -111,8 +112,13 @@ def test_batch_norm_recursions() -> None:
     v = second.q1 - second.q2
     assert second.q1_tilde == pytest.approx(2 * g2 * third.q1_tilde / (2 * v), rel=1e-12)
     assert second.q2_tilde == pytest.approx(2 * g2 * third.q2_tilde / (4 * v), rel=1e-12)
-    assert true.lambda_max == pytest.approx(1000 * g2 / (2 * math.pi), rel=0.02)  # the rest is q̂1/T of the last layer
+    assert true.layers[-1].off_diagonal == pytest.approx(1000 * g2 / (2 * math.pi), rel=1e-12)
     assert [x.off_diagonal for x in true.layers[:-1]] == [0, 0, 0]
+    # what stays of the other layers: the part of φ' that is neither constant nor linear
+    share = 1 - (1 / 4 + 1 / (2 * math.pi)) / (1 / 2)
+    assert [x.along for x in true.layers[:-1]] == pytest.approx([share * x.centered for x in true.layers[:-1]])
+    rest = 1000 * (g2 / 2 - g2 / (2 * math.pi)) + share * sum(x.centered for x in true.layers)
+    assert true.lambda_max == pytest.approx(1000 * g2 / (2 * math.pi) + rest / 200, rel=1e-12)
 
 
 def measured_wei(gamma: float | None, *, frozen: bool = False) -> float:
@@ -136,7 +142,20 @@ def test_plain_net_of_wei_within_12_percent() -> None:
 def test_true_batch_norm_within_7_percent(gamma: float) -> None:
     found = measured_wei(gamma)
     assert found == pytest.approx(1000 * gamma**2 / (2 * math.pi), rel=0.07)
-    assert wei(gamma).lambda_max == pytest.approx(found, rel=0.04)
+    assert wei(gamma).lambda_max == pytest.approx(found, rel=0.03)
+
+
+def test_trace_with_true_batch_norm() -> None:
+    """K(t, t) as derived here; over 5 networks."""
+    n, t = 200, 50
+    told = mean_field_fisher(
+        n, depth=4, weight_variance=2, bias_variance=0.5, num_samples=t, normalization="batch", gamma=1.5
+    )
+    traces = []
+    for seed in range(5):
+        kernel = FisherKernel(mlp([n] * 4 + [1], nn.ReLU, 2.0, 0.5, seed, gamma=1.5), inputs(t, n, seed=seed))
+        traces.append(sum(float(kernel(e)[i]) for i, e in enumerate(torch.eye(t))))
+    assert told.trace == pytest.approx(sum(traces) / 5, rel=0.1)
 
 
 def test_constant_statistics_within_12_percent() -> None:
