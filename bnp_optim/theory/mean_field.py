@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from bnp_optim.theory.propagation import Average, Layer, Norm, Piece, Weights, p
 __all__ = ["MeanFieldFisher", "fisher_of", "mean_field_fisher"]
 
 Normalization = Literal["none", "batch", "batch_frozen"]
-ActivationLike = str | Activation | nn.Module | Callable[[Tensor], Tensor]
+ActivationLike: TypeAlias = "str | Activation | nn.Module | Callable[[Tensor], Tensor]"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -132,6 +132,8 @@ class FisherKernel:
             for s in reversed(self.coordinates):
                 tensors = tuple(s.from_z(tensors))
             used = [(g, v) for g, v in zip(self._pulled, tensors, strict=True) if g is not None and g.requires_grad]
+            if not used:  # the outputs depend on none of params
+                return torch.zeros_like(vector)
             (pushed,) = torch.autograd.grad([g for g, _ in used], self._u, [v for _, v in used], retain_graph=True)
         return (self._center(pushed.to(vector.dtype)) / self.num_samples).reshape(-1)
 

@@ -50,6 +50,11 @@ def test_the_whole_spectrum_and_some_parameters() -> None:
     assert fisher_lambda_max(net, x, params=last, tolerance=1e-10) == pytest.approx(expected, rel=1e-8)
 
 
+def test_parameters_that_take_no_part_have_no_curvature() -> None:
+    other = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    assert fisher_lambda_max(small("plain"), data("plain"), params=[other]) == 0
+
+
 def test_batch_norm_in_training_is_not_that_in_evaluation() -> None:
     net, x = small("batch norm"), data("batch norm")
     nn.Sequential(*net)(x)
