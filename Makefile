@@ -15,7 +15,7 @@ TORCH_PIN := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help venv test test-all test-deep-river lint format demo benchmark-quick benchmark-overhead benchmark-sampling \
-	benchmark-layers benchmark-sequences benchmark-curvature benchmark-scale build clean
+	benchmark-layers benchmark-sequences benchmark-curvature benchmark-scale benchmark-theory build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' Makefile
@@ -90,6 +90,9 @@ benchmark-curvature: $(STAMP) ## what an estimate of curvature costs, beside oth
 
 benchmark-scale: $(STAMP) ## what the exchange between 1, 2 and 4 processes costs, about 5 minutes
 	$(BIN)/python -m benchmarks.scale
+
+benchmark-theory: $(STAMP) ## theory, predicted against measured: one figure per paper, about 10 minutes
+	$(BIN)/python -m benchmarks.theory
 
 build: $(STAMP) ## build sdist and wheel, and try the wheel in a fresh environment
 	rm -rf build dist
