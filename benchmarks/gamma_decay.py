@@ -1,0 +1,340 @@
+"""Batch normalization's regularization, given back: a CNN on few CIFAR-10 images, with and without gamma decay.
+
+    python -m benchmarks.gamma_decay --data-dir data
+
+Five 3 × 3 convolutions (16-16-32-32-64) and a linear layer, SGD without momentum at a constant rate, cross-entropy,
+1,000 training images seen again and again, so that overfitting and thus regularization can show. Five methods:
+BatchNorm, PopulationNorm, PopulationNorm with gamma decay, no normalization with BNP, and that with gamma decay (the
+paper's ζ: strength 1). Each has its rate chosen on a seed of its own by the loss on 1,000 other training images, in
+half of the epochs. Losses are those of the net in evaluation mode. Within a seed all methods share the order of the
+images, so that differences are paired.
+
+Finished runs are kept under OUTPUT/.cache and skipped the next time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from benchmarks.data import DataMissingError
+from benchmarks.report import mean_and_error
+from benchmarks.runs import package_digest
+from benchmarks.sampling import load_cifar10
+from benchmarks.workloads import Norm, cnn
+from bnp_optim import BNPreconditioner
+from bnp_optim.nn import GammaDecayPenalty, convert_batchnorm
+
+IMAGES, BATCH_SIZE, EPOCHS = 1000, 32, 30
+TUNING_SEED, SEEDS = 0, (1, 2, 3)
+STOPS = (1, 3, 6, 10, 15, 22, 30)  # epochs after which losses are measured
+
+
+class Method(NamedTuple):
+    """Args: the net's normalization ("pn" is BatchNorm converted), whether γ decays, and the rates to choose from."""
+
+    norm: str
+    decay: bool
+    rates: tuple[float, ...]
+
+
+RATES, BNP_RATES = (0.03, 0.1, 0.3), (0.01, 0.03, 0.1)
+METHODS = {
+    "BN": Method("bn", False, RATES),
+    "PN": Method("pn", False, RATES),
+    "PN + gamma decay": Method("pn", True, RATES),
+    "BNP": Method("none", False, BNP_RATES),
+    "BNP + gamma decay": Method("none", True, BNP_RATES),
+}
+
+
+@dataclass(frozen=True)
+class Training:
+    """All that decides the outcome of a run; ``package_digest`` is that of the sources of bnp_optim."""
+
+    method: str
+    learning_rate: float
+    seed: int
+    epochs: int = EPOCHS
+    images: int = IMAGES
+    batch_size: int = BATCH_SIZE
+    torch_version: str = torch.__version__
+    package_digest: str | None = None
+
+    @property
+    def file_name(self) -> str:
+        key = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+        return f"gamma_{self.method.replace(' ', '')}_lr{self.learning_rate:g}_s{self.seed}_{key}.json"
+
+    @property
+    def steps(self) -> int:
+        return self.epochs * (self.images // self.batch_size)
+
+
+class Data(NamedTuple):
+    """Standardized images and labels by use: "train", "validation", "test"."""
+
+    x: dict[str, Tensor]
+    y: dict[str, Tensor]
+
+
+def load(data_dir: Path, images: int = IMAGES) -> Data:
+    """The first ``images`` of CIFAR-10 to train on, as many more to choose rates by, and every fourth test image."""
+    x, y, x_test, y_test = load_cifar10(data_dir, 2 * images)
+    return Data(
+        {"train": x[:images], "validation": x[images:], "test": x_test[::4]},
+        {"train": y[:images], "validation": y[images:], "test": y_test[::4]},
+    )
+
+
+def make(run: Training) -> tuple[nn.Module, torch.optim.Optimizer, GammaDecayPenalty | None]:
+    """The net, its optimizer and its penalty."""
+    method = METHODS[run.method]
+    torch.manual_seed(run.seed)
+    kind: Norm = "none" if method.norm == "none" else "bn"
+    model: nn.Module = cnn(kind)
+    if method.norm == "pn":
+        convert_batchnorm(model)
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=run.learning_rate)
+    bnp = None
+    if method.norm == "none":
+        optimizer = bnp = BNPreconditioner(optimizer, model)
+    return model, optimizer, GammaDecayPenalty(model, run.batch_size, optimizer=bnp) if method.decay else None
+
+
+def train(run: Training, data: Data, bar: Any = None) -> dict[str, Any]:
+    """Train once; returns the run with its curve: (epoch, loss on the training images, on those of the measurement).
+
+    A run on the tuning seed is measured on the validation images, and any other on the test images.
+    """
+    model, optimizer, penalty = make(run)
+    x, y = data.x["train"], data.y["train"]
+    held_out = "validation" if run.seed == TUNING_SEED else "test"
+    generator = torch.Generator().manual_seed(run.seed)
+    curve, seconds, diverged, added = [], 0.0, False, 0.0
+    for epoch in range(1, run.epochs + 1):
+        start = time.process_time()
+        model.train()
+        order = torch.randperm(len(x), generator=generator)
+        for batch in order.split(run.batch_size)[: len(x) // run.batch_size]:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x[batch]), y[batch])
+            loss.backward()
+            if penalty is not None:
+                added = float(penalty.add_gradients())
+            optimizer.step()
+            if bar is not None:
+                bar.update()
+        seconds += time.process_time() - start
+        if epoch in STOPS or epoch == run.epochs:
+            point = [evaluate(model, data.x[k], data.y[k]) for k in ("train", held_out)]
+            diverged = not all(math.isfinite(p[0]) for p in point)
+            if diverged:
+                break
+            curve.append((epoch, point[0][0], point[1][0]))
+            final = point
+    nothing = [(math.log(10), 0.1)] * 2  # a diverged run knows nothing
+    (train_loss, train_accuracy), (loss_held_out, accuracy) = nothing if diverged else final
+    return {
+        **asdict(run),
+        "held_out": held_out,
+        "train_loss": train_loss,
+        "train_accuracy": train_accuracy,
+        "loss": loss_held_out,
+        "accuracy": accuracy,
+        "penalty": added,
+        "diverged": diverged,
+        "seconds": round(seconds, 1),
+        "curve": curve,
+    }
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Mean loss and accuracy in evaluation mode."""
+    model.eval()
+    outputs = torch.cat([model(part) for part in x.split(250)])
+    return F.cross_entropy(outputs, y).item(), (outputs.argmax(1) == y).double().mean().item()
+
+
+def train_all(runs: Sequence[Training], data: Data, cache: Path, what: str) -> list[dict[str, Any]]:
+    """All runs, those that are in ``cache`` already from there."""
+    cache.mkdir(parents=True, exist_ok=True)
+    results = []
+    with tqdm(total=sum(run.steps for run in runs), desc=what, unit="step", mininterval=5) as bar:
+        for run in runs:
+            path = cache / run.file_name
+            if path.is_file():
+                bar.update(run.steps)
+            else:
+                bar.set_postfix_str(f"{run.method}, rate {run.learning_rate:g}, seed {run.seed}")
+                done = train(run, data, bar)
+                path.with_suffix(".part").write_text(json.dumps(done))
+                path.with_suffix(".part").replace(path)
+            results.append(json.loads(path.read_text()))
+    return results
+
+
+def best_rates(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Per method the rate of the smallest held-out loss."""
+    best = {}
+    for name in METHODS:
+        mine = [r for r in results if r["method"] == name]
+        best[name] = min(mine, key=lambda r: (r["diverged"], r["loss"]))["learning_rate"]
+    return best
+
+
+def summarize(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Per method means ± standard errors over seeds, and the paired differences to the method without gamma decay."""
+    by_method = {name: [r for r in results if r["method"] == name] for name in METHODS}
+    rows = []
+    for name, runs in by_method.items():
+        row: dict[str, Any] = {"method": name, "learning_rate": runs[0]["learning_rate"]}
+        for key in ("train_loss", "loss", "accuracy"):
+            row[key] = mean_and_error([r[key] for r in runs])
+        row["gap"] = mean_and_error([r["loss"] - r["train_loss"] for r in runs])
+        row["diverged"] = sum(r["diverged"] for r in runs)
+        plain = by_method.get(name.removesuffix(" + gamma decay"), [])
+        if METHODS[name].decay:
+            for key in ("train_loss", "loss", "accuracy"):
+                pairs = zip(runs, plain, strict=True)
+                row[f"{key}_difference"] = mean_and_error([a[key] - b[key] for a, b in pairs])
+        rows.append(row)
+    return rows
+
+
+def markdown(document: Mapping[str, Any]) -> str:
+    """The tables, with how they were had."""
+    facts, rows = document["configuration"], document["summary"]
+
+    def cell(pair: Sequence[float], digits: int = 3, sign: str = "") -> str:
+        return f"{pair[0]:{sign}.{digits}f} ± {pair[1]:.{digits}f}"
+
+    lines = [
+        "# Gamma decay",
+        "",
+        f"CNN on {facts['images']:,} images of CIFAR-10, {facts['epochs']} epochs at batch size {facts['batch_size']}, "
+        f"SGD at a constant rate; seeds {', '.join(map(str, facts['seeds']))}; mean ± standard error. Rates chosen on "
+        f"seed {facts['tuning_seed']} by the loss on other training images after {facts['tuning_epochs']} epochs.",
+        "",
+        "| method | rate | training loss | test loss | test minus training | test accuracy |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in rows:
+        values = [cell(r[key]) for key in ("train_loss", "loss", "gap", "accuracy")]
+        lines.append(f"| {r['method']} | {r['learning_rate']:g} | " + " | ".join(values) + " |")
+    lines += ["", "What gamma decay changes, paired by seed (each method at its own rate):", ""]
+    lines += ["| method | training loss | test loss | test accuracy |", "| --- | --- | --- | --- |"]
+    for r in rows:
+        if "loss_difference" in r:
+            values = [cell(r[f"{key}_difference"], sign="+") for key in ("train_loss", "loss", "accuracy")]
+            lines.append(f"| {r['method']} | " + " | ".join(values) + " |")
+    lines += ["", "The choice of the rates (held-out loss after the tuning epochs):", ""]
+    lines += ["| method | " + "loss by rate |", "| --- | --- |"]
+    for name in METHODS:
+        tuned = [r for r in document["tuning"] if r["method"] == name]
+        shown = [f"{r['learning_rate']:g}: {'diverged' if r['diverged'] else format(r['loss'], '.3f')}" for r in tuned]
+        lines.append(f"| {name} | " + ", ".join(shown) + " |")
+    lines += [
+        "",
+        f"(torch {facts['torch']}, one thread, {document['cpu_seconds']:.0f} CPU seconds, {facts['date']})",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def plot(results: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Training and test loss over the epochs."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    colors = {"BN": "#000000", "PN": "#56B4E9", "BNP": "#E69F00"}  # Okabe-Ito
+    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2))
+    for name, method in METHODS.items():
+        runs = [r for r in results if r["method"] == name and not r["diverged"]]
+        if not runs:
+            continue
+        color = colors[name.removesuffix(" + gamma decay")]
+        curves = np.array([r["curve"] for r in runs])
+        for column, ax in enumerate(axes, start=1):
+            mean, spread = curves[:, :, column].mean(0), curves[:, :, column].std(0, ddof=1) / len(runs) ** 0.5
+            style = {"color": color, "linestyle": "-" if method.decay or name == "BN" else "--"}
+            ax.plot(
+                curves[0, :, 0], mean, label=f"{name}, rate {runs[0]['learning_rate']:g}", marker="o", ms=3, **style
+            )
+            ax.fill_between(curves[0, :, 0], mean - spread, mean + spread, color=color, alpha=0.2, linewidth=0)
+    for ax, title in zip(axes, ("training loss (evaluation mode)", "test loss"), strict=True):
+        ax.set_xlabel("epochs")
+        ax.set_title(title, fontweight="bold")
+        ax.grid(True, alpha=0.3)
+    axes[0].legend(frameon=False, fontsize=9, title="mean ± s.e. of the seeds", title_fontsize=8)
+    figure.suptitle("CNN on 1,000 images of CIFAR-10, batch size 32")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser("python -m benchmarks.gamma_decay", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="holds cifar10/cifar10.npz (%(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="(%(default)s)")
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    try:
+        data = load(args.data_dir)
+    except DataMissingError as error:
+        parser.error(str(error))
+    digest, cache = package_digest(), args.output / ".cache"
+    try:
+        grid = [
+            Training(name, rate, TUNING_SEED, EPOCHS // 2, package_digest=digest)
+            for name, method in METHODS.items()
+            for rate in method.rates
+        ]
+        tuning = train_all(grid, data, cache, "rates")
+        best = best_rates(tuning)
+        runs = [Training(name, best[name], seed, package_digest=digest) for seed in SEEDS for name in METHODS]
+        results = train_all(runs, data, cache, "seeds")
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted. The same command goes on from the last finished run.")
+    document = {
+        "benchmark": "gamma_decay",
+        "configuration": {
+            "images": IMAGES, "batch_size": BATCH_SIZE, "epochs": EPOCHS, "tuning_epochs": EPOCHS // 2,
+            "seeds": SEEDS, "tuning_seed": TUNING_SEED, "torch": torch.__version__, "threads": 1,
+            "date": time.strftime("%Y-%m-%d"),
+        },
+        "cpu_seconds": sum(r["seconds"] for r in (*tuning, *results)),
+        "summary": summarize(results),
+        "tuning": tuning,
+        "runs": results,
+    }  # fmt: skip
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "gamma_decay.json").write_text(json.dumps(document, indent=1) + "\n")
+    text = markdown(document)
+    (args.output / "gamma_decay.md").write_text(text)
+    plot(results, args.output / "gamma_decay.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
