@@ -3,11 +3,12 @@
     python -m benchmarks.gamma_decay --data-dir data
 
 Five 3 × 3 convolutions (16-16-32-32-64) and a linear layer, SGD without momentum at a constant rate, cross-entropy,
-1,000 training images seen again and again, so that overfitting and thus regularization can show. Five methods:
-BatchNorm, PopulationNorm, PopulationNorm with gamma decay, no normalization with BNP, and that with gamma decay (the
-paper's ζ: strength 1). Each has its rate chosen on a seed of its own by the loss on 1,000 other training images, in
-half of the epochs. Losses are those of the net in evaluation mode. Within a seed all methods share the order of the
-images, so that differences are paired.
+1,000 training images seen again and again, so that overfitting and thus regularization can show, at 16 × 16 pixels
+(means of 2 × 2), so that it takes minutes. Five methods: BatchNorm, PopulationNorm, PopulationNorm with gamma decay,
+no normalization with BNP, and that with gamma decay (the paper's ζ: strength 1). Each has its rate chosen on a seed of
+its own by the loss on 1,000 other training images, in half of the epochs; PopulationNorm its momentum, too, which the
+one with gamma decay takes over. Losses are those of the net in evaluation mode. Within a seed all methods share the
+order of the images, so that differences are paired.
 
 Finished runs are kept under OUTPUT/.cache and skipped the next time.
 """
@@ -36,7 +37,7 @@ from benchmarks.runs import package_digest
 from benchmarks.sampling import load_cifar10
 from benchmarks.workloads import Norm, cnn
 from bnp_optim import BNPreconditioner
-from bnp_optim.nn import GammaDecayPenalty, convert_batchnorm
+from bnp_optim.nn import GammaDecayPenalty, PopulationNorm2d, convert_batchnorm
 
 IMAGES, BATCH_SIZE, EPOCHS = 1000, 32, 30
 TUNING_SEED, SEEDS = 0, (1, 2, 3)
@@ -44,32 +45,37 @@ STOPS = (1, 3, 6, 10, 15, 22, 30)  # epochs after which losses are measured
 
 
 class Method(NamedTuple):
-    """Args: the net's normalization ("pn" is BatchNorm converted), whether γ decays, and the rates to choose from."""
+    """The net's normalization ("pn" is BatchNorm converted), and whether γ decays."""
 
     norm: str
     decay: bool
-    rates: tuple[float, ...]
 
 
-RATES, BNP_RATES = (0.03, 0.1, 0.3), (0.01, 0.03, 0.1)
+RATES, MOMENTA = (0.03, 0.1, 0.3), (0.003, 0.01, 0.03, 0.1)
 METHODS = {
-    "BN": Method("bn", False, RATES),
-    "PN": Method("pn", False, RATES),
-    "PN + gamma decay": Method("pn", True, RATES),
-    "BNP": Method("none", False, BNP_RATES),
-    "BNP + gamma decay": Method("none", True, BNP_RATES),
+    "BN": Method("bn", False),
+    "PN": Method("pn", False),
+    "PN + gamma decay": Method("pn", True),
+    "BNP": Method("none", False),
+    "BNP + gamma decay": Method("none", True),
 }
 
 
 @dataclass(frozen=True)
 class Training:
-    """All that decides the outcome of a run; ``package_digest`` is that of the sources of bnp_optim."""
+    """All that decides the outcome of a run.
+
+    ``momentum`` is the normalization's, 0.1 where that is not chosen; ``package_digest`` that of the sources of
+    bnp_optim.
+    """
 
     method: str
     learning_rate: float
     seed: int
+    momentum: float = 0.1
     epochs: int = EPOCHS
     images: int = IMAGES
+    pixels: int = 16
     batch_size: int = BATCH_SIZE
     torch_version: str = torch.__version__
     package_digest: str | None = None
@@ -94,8 +100,9 @@ class Data(NamedTuple):
 def load(data_dir: Path, images: int = IMAGES) -> Data:
     """The first ``images`` of CIFAR-10 to train on, as many more to choose rates by, and every fourth test image."""
     x, y, x_test, y_test = load_cifar10(data_dir, 2 * images)
+    x, x_test = F.avg_pool2d(x, 2), F.avg_pool2d(x_test[::4], 2)
     return Data(
-        {"train": x[:images], "validation": x[images:], "test": x_test[::4]},
+        {"train": x[:images], "validation": x[images:], "test": x_test},
         {"train": y[:images], "validation": y[images:], "test": y_test[::4]},
     )
 
@@ -108,6 +115,9 @@ def make(run: Training) -> tuple[nn.Module, torch.optim.Optimizer, GammaDecayPen
     model: nn.Module = cnn(kind)
     if method.norm == "pn":
         convert_batchnorm(model)
+        for module in model.modules():
+            if isinstance(module, PopulationNorm2d):
+                module.momentum = run.momentum
     optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=run.learning_rate)
     bnp = None
     if method.norm == "none":
@@ -188,13 +198,11 @@ def train_all(runs: Sequence[Training], data: Data, cache: Path, what: str) -> l
     return results
 
 
-def best_rates(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Per method the rate of the smallest held-out loss."""
-    best = {}
-    for name in METHODS:
-        mine = [r for r in results if r["method"] == name]
-        best[name] = min(mine, key=lambda r: (r["diverged"], r["loss"]))["learning_rate"]
-    return best
+def best(results: Sequence[Mapping[str, Any]], method: str) -> tuple[float, float]:
+    """Rate and momentum of the smallest held-out loss."""
+    mine = [r for r in results if r["method"] == method]
+    chosen = min(mine, key=lambda r: (r["diverged"], r["loss"]))
+    return chosen["learning_rate"], chosen["momentum"]
 
 
 def summarize(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -203,6 +211,7 @@ def summarize(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for name, runs in by_method.items():
         row: dict[str, Any] = {"method": name, "learning_rate": runs[0]["learning_rate"]}
+        row["momentum"] = runs[0]["momentum"]
         for key in ("train_loss", "loss", "accuracy"):
             row[key] = mean_and_error([r[key] for r in runs])
         row["gap"] = mean_and_error([r["loss"] - r["train_loss"] for r in runs])
@@ -226,9 +235,10 @@ def markdown(document: Mapping[str, Any]) -> str:
     lines = [
         "# Gamma decay",
         "",
-        f"CNN on {facts['images']:,} images of CIFAR-10, {facts['epochs']} epochs at batch size {facts['batch_size']}, "
-        f"SGD at a constant rate; seeds {', '.join(map(str, facts['seeds']))}; mean ± standard error. Rates chosen on "
-        f"seed {facts['tuning_seed']} by the loss on other training images after {facts['tuning_epochs']} epochs.",
+        f"CNN on {facts['images']:,} images of CIFAR-10 at 16 × 16 pixels, {facts['epochs']} epochs at batch size "
+        f"{facts['batch_size']}, SGD at a constant rate; seeds {', '.join(map(str, facts['seeds']))}; mean ± standard "
+        f"error. Rates chosen on seed {facts['tuning_seed']} by the loss on other training images after "
+        f"{facts['tuning_epochs']} epochs.",
         "",
         "| method | rate | training loss | test loss | test minus training | test accuracy |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -242,12 +252,18 @@ def markdown(document: Mapping[str, Any]) -> str:
         if "loss_difference" in r:
             values = [cell(r[f"{key}_difference"], sign="+") for key in ("train_loss", "loss", "accuracy")]
             lines.append(f"| {r['method']} | " + " | ".join(values) + " |")
-    lines += ["", "The choice of the rates (held-out loss after the tuning epochs):", ""]
-    lines += ["| method | " + "loss by rate |", "| --- | --- |"]
-    for name in METHODS:
+    lines += ["", "The choice of the rates, and of the momentum of PopulationNorm: training / held-out loss.", ""]
+    lines += ["| method | " + " | ".join(f"rate {rate:g}" for rate in RATES) + " |", "| --- " * (len(RATES) + 1) + "|"]
+    for name, method in METHODS.items():
         tuned = [r for r in document["tuning"] if r["method"] == name]
-        shown = [f"{r['learning_rate']:g}: {'diverged' if r['diverged'] else format(r['loss'], '.3f')}" for r in tuned]
-        lines.append(f"| {name} | " + ", ".join(shown) + " |")
+        for momentum in dict.fromkeys(r["momentum"] for r in tuned):
+            shown = [
+                "diverged" if r["diverged"] else f"{r['train_loss']:.3f} / {r['loss']:.3f}"
+                for r in tuned
+                if r["momentum"] == momentum
+            ]
+            label = f"{name}, momentum {momentum:g}" if method.norm == "pn" else name
+            lines.append(f"| {label} | " + " | ".join(shown) + " |")
     lines += [
         "",
         f"(torch {facts['torch']}, one thread, {document['cpu_seconds']:.0f} CPU seconds, {facts['date']})",
@@ -285,7 +301,7 @@ def plot(results: Sequence[Mapping[str, Any]], path: Path) -> None:
         ax.set_title(title, fontweight="bold")
         ax.grid(True, alpha=0.3)
     axes[0].legend(frameon=False, fontsize=9, title="mean ± s.e. of the seeds", title_fontsize=8)
-    figure.suptitle("CNN on 1,000 images of CIFAR-10, batch size 32")
+    figure.suptitle("CNN on 1,000 images of CIFAR-10 (16 × 16), batch size 32")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -305,14 +321,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     digest, cache = package_digest(), args.output / ".cache"
     try:
-        grid = [
-            Training(name, rate, TUNING_SEED, EPOCHS // 2, package_digest=digest)
-            for name, method in METHODS.items()
-            for rate in method.rates
+        tuning: list[dict[str, Any]] = []
+        for name in METHODS:
+            momenta = [best(tuning, "PN")[1]] if name == "PN + gamma decay" else [0.1]
+            grid = [
+                Training(name, rate, TUNING_SEED, momentum, EPOCHS // 2, package_digest=digest)
+                for momentum in (MOMENTA if name == "PN" else momenta)
+                for rate in RATES
+            ]
+            tuning += train_all(grid, data, cache, f"rates of {name}")
+        chosen = {name: best(tuning, name) for name in METHODS}
+        runs = [
+            Training(name, rate, seed, momentum, package_digest=digest)
+            for seed in SEEDS
+            for name, (rate, momentum) in chosen.items()
         ]
-        tuning = train_all(grid, data, cache, "rates")
-        best = best_rates(tuning)
-        runs = [Training(name, best[name], seed, package_digest=digest) for seed in SEEDS for name in METHODS]
         results = train_all(runs, data, cache, "seeds")
     except KeyboardInterrupt:
         sys.exit("\nInterrupted. The same command goes on from the last finished run.")

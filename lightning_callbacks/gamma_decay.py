@@ -25,7 +25,7 @@ class GammaDecay(Callback):
     serves nets with PopulationNorm layers under any optimizer, and nets free of normalization under a
     :class:`bnp_optim.BNPreconditioner`.
 
-    ζ is measured in the forward passes of training steps alone; what monitors run beside them does not count.
+    ζ is measured in the forward passes of training; what monitors run beside it does not count.
 
     **Logged metrics** (by ``pl_module.log_dict``, as often as ``Trainer(log_every_n_steps=...)`` says):
 
@@ -69,14 +69,9 @@ class GammaDecay(Callback):
     # Hooks
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Make the penalties before the first forward pass; measure in this step's."""
+        """Make the penalties before the first forward pass."""
         if not self.penalties:
             self._make(trainer, pl_module, self.batch_size or num_samples_of(batch) or 0)
-        self._measure(True)
-
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What runs from here to the next step is not training."""
-        self._measure(False)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Add the gradient, to the parameters of this optimizer."""
@@ -137,11 +132,6 @@ class GammaDecay(Callback):
         modules = dict(pl_module.named_modules())
         others = {n for n, m in modules.items() if all(id(p) not in owned for p in m.parameters(recurse=False))}
         return {name: activation for name, activation in self.activation.items() if name not in others}
-
-    def _measure(self, enabled: bool) -> None:
-        for penalty in self.penalties:
-            for meter in penalty.meters.values():
-                meter.enabled = enabled
 
     def _release(self) -> None:
         """Detach the hooks; the next training makes its own, and goes on from what was measured."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,7 +39,6 @@ class GammaMeter:
         momentum: Weight of the newest measurement, bias corrected. 0.1: the last 100 calls.
 
     Attributes:
-        enabled: Whether to measure at all.
         averages: (4, C): E x̂², E x̂⁴, I(γ), E A''; None before the first measurement.
     """
 
@@ -48,7 +48,7 @@ class GammaMeter:
         self.activation = activation_of("activation", activation)
         self.interval = interval
         self.momentum = momentum
-        self.enabled = True
+        self._paused = 0
         self.averages: Tensor | None = None
         self.population: tuple[Tensor, Tensor] | None = None  # mean and variance of outputs without a normalization
         self._calls = 0
@@ -58,9 +58,18 @@ class GammaMeter:
         """Measure ``layer`` from now on; returns the handle that ends it."""
         return layer.register_forward_hook(self)
 
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Forward passes inside measure nothing; contexts nest."""
+        self._paused += 1
+        try:
+            yield
+        finally:
+            self._paused -= 1
+
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Measure one forward call, if it is due."""
-        if torch.compiler.is_compiling() or not (layer.training and self.enabled and isinstance(output, Tensor)):
+        if torch.compiler.is_compiling() or not (layer.training and not self._paused and isinstance(output, Tensor)):
             return
         due = self._calls % self.interval == 0
         self._calls += 1
@@ -99,7 +108,9 @@ class GammaMeter:
         found = batch_statistics(output, output.dtype)
         if self.population is not None:
             old_mean, old_variance = (t.to(output) for t in self.population)
-            mixed = advanced(old_mean, old_variance, *found, torch.tensor(share).to(output))
+            mixed = advanced(
+                old_mean, old_variance, *found, torch.tensor(share, dtype=output.dtype, device=output.device)
+            )
             finite = (mixed[0].isfinite() & mixed[1].isfinite()).all()
             found = torch.where(finite, mixed[0], old_mean), torch.where(finite, mixed[1], old_variance)
         elif not (found[0].isfinite() & found[1].isfinite()).all():

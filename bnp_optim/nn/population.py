@@ -104,7 +104,7 @@ class PopulationNorm1d(PopulationNorm):
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
-        nn.BatchNorm1d._check_input_dim(self, input)  # type: ignore[arg-type, no-untyped-call]
+        nn.BatchNorm1d._check_input_dim(self, input)  # type: ignore[arg-type]
 
 
 class PopulationNorm2d(PopulationNorm):
@@ -114,7 +114,7 @@ class PopulationNorm2d(PopulationNorm):
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
-        nn.BatchNorm2d._check_input_dim(self, input)  # type: ignore[arg-type, no-untyped-call]
+        nn.BatchNorm2d._check_input_dim(self, input)  # type: ignore[arg-type]
 
 
 class PopulationNorm3d(PopulationNorm):
@@ -124,7 +124,7 @@ class PopulationNorm3d(PopulationNorm):
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
-        nn.BatchNorm3d._check_input_dim(self, input)  # type: ignore[arg-type, no-untyped-call]
+        nn.BatchNorm3d._check_input_dim(self, input)  # type: ignore[arg-type]
 
 
 _TO_POPULATION: dict[type[nn.Module], type[nn.Module]] = {

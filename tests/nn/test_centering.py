@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -129,7 +130,7 @@ def kernel(activation: str, width: int, samples: int, seed: int) -> tuple[Tensor
     widths = (width, width, width, OUTPUTS)
     h = torch.randn(samples, width, generator=generator)
     hidden, weights = [h], []
-    for i, (n_in, n_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for i, (n_in, n_out) in enumerate(pairwise(widths)):
         weights.append(torch.randn(n_out, n_in, generator=generator) * (w2 / n_in) ** 0.5)
         h = h @ weights[-1].T + torch.randn(n_out, generator=generator) * b2**0.5
         if i < 2:
