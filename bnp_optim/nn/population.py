@@ -32,14 +32,15 @@ class PopulationNorm(_NormBase):
 
     Weights and buffers have the names of BatchNorm's, so that a ``state_dict`` of one loads into the other.
 
-    NOTE: nothing in the gradient keeps the scale of the layer before from growing, as BatchNorm's does, and
-    statistics that lag behind weights that move fast make the output grow: see docs/gamma_decay.md for measurements.
+    NOTE: since the statistics are constants in backward, the gradient of the layer before is not free of its mean and
+    of its scale, as BatchNorm's is: steps along these are taken back as the statistics follow, and the weights grow.
+    It trains more slowly than BatchNorm at the same rate (docs/gamma_decay.md).
 
     Args:
         num_features: Channels C.
         eps: Added to the variance.
-        momentum: Weight m of the newest batch, in (0, 1]; None: plain average of all batches. 0.1, as for BatchNorm:
-            docs/gamma_decay.md compares.
+        momentum: Weight m of the newest batch, in (0, 1]; None: plain average of all batches. 0.01, where BatchNorm
+            has 0.1: statistics that follow fast take back what a step has gained (measured in docs/gamma_decay.md).
         affine: Whether there are γ (``weight``) and β (``bias``).
         track_running_stats: Only True makes sense.
 
@@ -55,7 +56,7 @@ class PopulationNorm(_NormBase):
         self,
         num_features: int,
         eps: float = 1e-5,
-        momentum: float | None = 0.1,
+        momentum: float | None = 0.01,
         affine: bool = True,
         track_running_stats: bool = True,
         device: Any = None,
@@ -144,6 +145,8 @@ def convert_batchnorm(model: nn.Module, to: str = "population") -> nn.Module:
 
     Subclasses (``SyncBatchNorm``, sharded or quantized ones) may do something else in their forward pass: they are
     left alone, with a warning.
+
+    The momentum stays what it was, too: BatchNorm's default of 0.1 is more than PopulationNorm likes.
 
     Args:
         model: Any module; may be a normalization itself.
