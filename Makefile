@@ -14,10 +14,10 @@ TORCH_PIN := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help venv test test-all lint format demo benchmark-quick benchmark-overhead benchmark-sampling \
-	benchmark-layers benchmark-sequences benchmark-curvature build clean
+	benchmark-layers benchmark-sequences benchmark-curvature benchmark-gamma-decay build clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-22s %s\n", $$1, $$2 }' Makefile
 
 venv: $(STAMP)
 
@@ -74,6 +74,10 @@ benchmark-sequences: $(STAMP) ## a recurrent network at many learning rates, abo
 benchmark-curvature: $(STAMP) ## what an estimate of curvature costs, beside others, and the figure of docs/curvature.md
 	$(BIN)/python -m benchmarks.curvature
 	$(BIN)/python -m benchmarks.curvature --figure
+
+benchmark-gamma-decay: $(STAMP) ## batch noise as regularization: ζ, and a CNN, about 15 minutes (DATA_DIR=path/to/data)
+	$(BIN)/python -m benchmarks.theory_gamma --data-dir "$(DATA_DIR)"
+	$(BIN)/python -m benchmarks.gamma_decay --data-dir "$(DATA_DIR)"
 
 build: $(STAMP) ## build sdist and wheel, and try the wheel in a fresh environment
 	rm -rf build dist

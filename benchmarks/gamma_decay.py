@@ -5,10 +5,10 @@
 Five 3 × 3 convolutions (16-16-32-32-64) and a linear layer, SGD without momentum at a constant rate, cross-entropy,
 1,000 training images seen again and again, so that overfitting and thus regularization can show, at 16 × 16 pixels
 (means of 2 × 2), so that it takes minutes. BatchNorm, PopulationNorm, and no normalization with BNP; the last two also
-with gamma decay, at the paper's ζ (strength 1) and at a tenth of it. BN, PN and BNP have their rate chosen on a seed of
-their own by the loss on 1,000 other training images, in half of the epochs, and PN its momentum, too; gamma decay
-changes nothing else. Losses are those of the net in evaluation mode. Within a seed all methods share the order of the
-images, and a net with and without decay its initial weights, so that differences are paired.
+with gamma decay, at the paper's ζ (strength 1), a tenth and a hundredth of it. BN, PN and BNP have their rate chosen on
+a seed of their own by the loss on 1,000 other training images, in half of the epochs, and PN its momentum, too; gamma
+decay changes nothing else. Losses are those of the net in evaluation mode. Within a seed all methods share the order of
+the images, and a net with and without decay its initial weights, so that differences are paired.
 
 Finished runs are kept under OUTPUT/.cache and skipped the next time.
 """
@@ -42,6 +42,7 @@ from bnp_optim.nn import GammaDecayPenalty, PopulationNorm2d, convert_batchnorm
 
 IMAGES, BATCH_SIZE, EPOCHS = 1000, 32, 24
 TUNING_SEED, SEEDS = 0, (1, 2, 3)
+FAR = 100.0  # a loss above that is a run that diverged
 STOPS = (1, 3, 6, 9, 12, 18, 24)  # epochs after which losses are measured
 
 
@@ -58,9 +59,11 @@ METHODS = {
     "PN": Method("pn"),
     "PN + gamma decay": Method("pn", 1.0),
     "PN + gamma decay / 10": Method("pn", 0.1),
+    "PN + gamma decay / 100": Method("pn", 0.01),
     "BNP": Method("none"),
     "BNP + gamma decay": Method("none", 1.0),
     "BNP + gamma decay / 10": Method("none", 0.1),
+    "BNP + gamma decay / 100": Method("none", 0.01),
 }
 
 
@@ -161,7 +164,7 @@ def train(run: Training, data: Data, bar: Any = None) -> dict[str, Any]:
         seconds += time.process_time() - start
         if epoch in STOPS or epoch == run.epochs:
             point = [evaluate(model, data.x[k], data.y[k]) for k in ("train", held_out)]
-            diverged = not all(math.isfinite(p[0]) for p in point)
+            diverged = not all(p[0] < FAR for p in point)  # NaN is not
             if diverged:
                 break
             curve.append((epoch, point[0][0], point[1][0]))
@@ -299,8 +302,9 @@ def plot(results: Sequence[Mapping[str, Any]], path: Path) -> None:
         color = colors[plain(name)]
         curves = np.array([r["curve"] for r in runs])
         for column, ax in enumerate(axes, start=1):
-            mean, spread = curves[:, :, column].mean(0), curves[:, :, column].std(0, ddof=1) / len(runs) ** 0.5
-            style = {"color": color, "linestyle": {0.0: "-", 0.1: "--", 1.0: ":"}[method.strength]}
+            mean = curves[:, :, column].mean(0)
+            spread = curves[:, :, column].std(0, ddof=min(1, len(runs) - 1)) / len(runs) ** 0.5
+            style = {"color": color, "linestyle": {0.0: "-", 0.01: "-.", 0.1: "--", 1.0: ":"}[method.strength]}
             ax.plot(
                 curves[0, :, 0], mean, label=f"{name}, rate {runs[0]['learning_rate']:g}", marker="o", ms=3, **style
             )

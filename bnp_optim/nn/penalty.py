@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bnp_optim.checks import check_number
-from bnp_optim.discovery import clean_name
+from bnp_optim.discovery import Layer, clean_name
 from bnp_optim.nn.activations import Activation, activation_of, following_activations
 from bnp_optim.nn.gamma_decay import GammaMeter, check_batch_size, gamma_decay_coefficient, gaussian_coefficient
 from bnp_optim.nn.population import PopulationNorm
@@ -60,9 +60,9 @@ class GammaDecayPenalty:
 
     Args:
         model: Any module. If it has PopulationNorm layers, all of these are decayed and nothing else.
-        batch_size: M of the batch normalization to imitate, at least 2; usually what you train with. A convolution's
-            M is also that (the paper's letter), although its statistics average over positions too: what that
-            overestimates is measured in docs/gamma_decay.md.
+        batch_size: M of the batch normalization to imitate, at least 2; usually what you train with. For convolutions
+            that is the paper's letter, but their statistics average over positions too, so ζ comes out too large by
+            factors that docs/gamma_decay.md has: give more, or a smaller ``strength``.
         optimizer: The BNPreconditioner of a normalization-free model.
         activation: What follows the layers where ``model`` does not show it: an activation module next to them in an
             ``nn.Sequential`` is found. A mapping of layer names to activations (names such as "relu", modules,
@@ -94,13 +94,13 @@ class GammaDecayPenalty:
         self.batch_size = batch_size
         self.strength = strength
         names = {clean_name(name): module for name, module in model.named_modules()}
-        norms = {name: module for name, module in names.items() if isinstance(module, PopulationNorm)}
+        norms = {name: m for name, m in names.items() if isinstance(m, PopulationNorm) and m.affine}
         self.optimizer = None if norms else optimizer
         candidates = norms or _weighted(names, optimizer)
         if not candidates:
             raise ValueError(
-                "model has neither PopulationNorm layers (convert_batchnorm(model) makes them of BatchNorm) nor, with "
-                "optimizer=BNPreconditioner(...), linear layers or convolutions: there is nothing to decay"
+                "model has neither PopulationNorm layers with γ (convert_batchnorm(model) makes them of BatchNorm) nor, "
+                "with optimizer=BNPreconditioner(...), linear layers or convolutions: there is nothing to decay"
             )
         chosen = _activations(model, candidates, activation, required=bool(norms))
         if not chosen:
@@ -203,10 +203,10 @@ def _weighted(names: Mapping[str, nn.Module], optimizer: BNPreconditioner | None
     return {name: module for name, module in names.items() if module in measured}
 
 
-def _own_layers(optimizer: BNPreconditioner) -> dict[nn.Module, str]:
-    """The modules that alone apply a preconditioned weight, with BNP's name of the layer."""
+def _own_layers(optimizer: BNPreconditioner) -> dict[nn.Module, Layer]:
+    """The modules that alone apply a preconditioned weight."""
     return {
-        layer.uses[0].module: layer.name
+        layer.uses[0].module: layer
         for layer in optimizer._tracker.layers
         if len(layer.uses) == 1 and isinstance(layer.uses[0].module, (nn.Linear, *_CONVOLUTIONS))
     }
@@ -214,8 +214,8 @@ def _own_layers(optimizer: BNPreconditioner) -> dict[nn.Module, str]:
 
 def _statistics(optimizer: BNPreconditioner) -> dict[nn.Module, LayerStatistics]:
     """Of the layers that have seen a batch."""
-    found = optimizer.statistics
-    return {module: found[name] for module, name in _own_layers(optimizer).items() if int(found[name].count)}
+    found, ready = optimizer.statistics, optimizer._tracker.ready
+    return {module: found[layer.name] for module, layer in _own_layers(optimizer).items() if layer in ready}
 
 
 def _activations(

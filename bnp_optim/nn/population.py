@@ -28,7 +28,7 @@ class PopulationNorm(_NormBase):
     weighted one of all samples: it counts how far batch means lie from the running mean (BatchNorm's is the mean of
     batch variances, and unbiased). Both are bias corrected: after the first batch they are that batch's own. As in
     BatchNorm the mode decides whether they are updated (under ``torch.no_grad`` too). A batch with a value that is not
-    finite leaves them as they are.
+    finite leaves them as they are. Each process has its own; DistributedDataParallel spreads those of rank zero.
 
     Weights and buffers have the names of BatchNorm's, so that a ``state_dict`` of one loads into the other.
 

@@ -368,6 +368,7 @@ def test_bad_arguments() -> None:
         (lambda: GammaDecayPenalty(net, 8, strength=-1), "strength is -1"),
         (lambda: GammaDecayPenalty(net, 8, interval=0), "interval is 0"),
         (lambda: GammaDecayPenalty(plain, 8), "neither PopulationNorm"),
+        (lambda: GammaDecayPenalty(PopulationNorm1d(2, affine=False), 8), "neither PopulationNorm layers with γ"),
         (lambda: GammaDecayPenalty(free, 8, optimizer=torch.optim.SGD(free.parameters())), "a BNPreconditioner"),
         (lambda: GammaDecayPenalty(net, 8, activation={"9": "relu"}), "activation names '9', which is no layer"),
         (lambda: GammaDecayPenalty(net, 8, activation="swoosh"), "activation is 'swoosh', it must be one of"),
