@@ -108,7 +108,7 @@ def effective_batch_sizes(data_dir: Path, batch_size: int = 32) -> dict[str, dic
 
     In the CNN of benchmarks/gamma_decay.py with BatchNorm, before training and after 5 epochs of its 1,000 images.
     """
-    from benchmarks.gamma_decay import Training, load, make
+    from benchmarks.gamma_runs import Training, load, make
 
     data = load(data_dir)
     model, optimizer, _ = make(Training("BN", 0.1, 0))

@@ -99,8 +99,8 @@ class GammaDecayPenalty:
         candidates = norms or _weighted(names, optimizer)
         if not candidates:
             raise ValueError(
-                "model has neither PopulationNorm layers with γ (convert_batchnorm(model) makes them of BatchNorm) nor, "
-                "with optimizer=BNPreconditioner(...), linear layers or convolutions: there is nothing to decay"
+                "model has neither PopulationNorm layers with γ (convert_batchnorm(model) makes them of BatchNorm) "
+                "nor, with optimizer=BNPreconditioner(...), linear layers or convolutions: there is nothing to decay"
             )
         chosen = _activations(model, candidates, activation, required=bool(norms))
         if not chosen:

@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("matplotlib", reason="the benchmarks draw")
 pytest.importorskip("tqdm", reason="the benchmarks show progress")
 
-from benchmarks import gamma_decay, theory_gamma
+from benchmarks import gamma_decay, gamma_runs, theory_gamma
 from benchmarks.data import DataMissingError
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +64,7 @@ def made_up(method: str, seed: int, loss: float, rate: float = 0.1, momentum: fl
 
 def test_differences_are_paired() -> None:
     results = []
-    for name, method in gamma_decay.METHODS.items():
+    for name, method in gamma_runs.METHODS.items():
         for seed, base in ((1, 2.0), (2, 3.0)):
             results.append(made_up(name, seed, base - 0.1 * seed * method.strength))
     rows = {r["method"]: r for r in gamma_decay.summarize(results)}
@@ -84,12 +84,12 @@ def test_the_choice_of_rates() -> None:
 def test_runs_on_made_up_images(tmp_path: Path) -> None:
     x, y = torch.randn(24, 3, 8, 8), torch.randint(10, (24,))
     uses = ("train", "validation", "test")
-    data = gamma_decay.Data(dict.fromkeys(uses, x), dict.fromkeys(uses, y))
-    runs = [gamma_decay.Training(m, 0.03, 1, epochs=2, images=24, batch_size=8) for m in gamma_decay.METHODS]
-    results = gamma_decay.train_all(runs, data, tmp_path, "test")
-    assert [r["method"] for r in results] == list(gamma_decay.METHODS)
+    data = gamma_runs.Data(dict.fromkeys(uses, x), dict.fromkeys(uses, y))
+    runs = [gamma_runs.Training(m, 0.03, 1, epochs=2, images=24, batch_size=8) for m in gamma_runs.METHODS]
+    results = gamma_runs.train_all(runs, data, tmp_path, "test")
+    assert [r["method"] for r in results] == list(gamma_runs.METHODS)
     assert all(len(r["curve"]) == 2 and (r["penalty"] > 0) == ("decay" in r["method"]) for r in results)
-    assert results == gamma_decay.train_all(runs, data, tmp_path, "test")  # from the cache
+    assert results == gamma_runs.train_all(runs, data, tmp_path, "test")  # from the cache
     facts = dict.fromkeys(("images", "epochs", "batch_size", "tuning_seed", "tuning_epochs", "torch", "date"), 1)
     document = {"configuration": facts | {"seeds": [1]}, "summary": gamma_decay.summarize(results)}
     text = gamma_decay.markdown(document | {"tuning": [made_up("PN", 0, 2.0)], "cpu_seconds": 1.0})
@@ -100,4 +100,4 @@ def test_runs_on_made_up_images(tmp_path: Path) -> None:
 
 def test_missing_data(tmp_path: Path) -> None:
     with pytest.raises(DataMissingError, match="point --data-dir at"):
-        gamma_decay.load(tmp_path)
+        gamma_runs.load(tmp_path)
