@@ -127,7 +127,7 @@ def plot(results: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     colors = {"BN": "#000000", "PN": "#56B4E9", "BNP": "#E69F00"}  # Okabe-Ito
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2))
+    figure, axes = plt.subplots(1, 2, figsize=(12.5, 4.2), layout="constrained")
     for name, method in METHODS.items():
         runs = [r for r in results if r["method"] == name and not r["diverged"]]
         if not runs:
@@ -141,14 +141,14 @@ def plot(results: Sequence[Mapping[str, Any]], path: Path) -> None:
             ax.plot(
                 curves[0, :, 0], mean, label=f"{name}, rate {runs[0]['learning_rate']:g}", marker="o", ms=3, **style
             )
-            ax.fill_between(curves[0, :, 0], mean - spread, mean + spread, color=color, alpha=0.2, linewidth=0)
+            ax.fill_between(curves[0, :, 0], mean - spread, mean + spread, color=color, alpha=0.15, linewidth=0)
     for ax, title in zip(axes, ("training loss (evaluation mode)", "test loss"), strict=True):
         ax.set_xlabel("epochs")
         ax.set_title(title, fontweight="bold")
         ax.grid(True, alpha=0.3)
-    axes[0].legend(frameon=False, fontsize=9, title="mean ± s.e. of the seeds", title_fontsize=8)
+    options = {"frameon": False, "fontsize": 9, "title": "mean ± s.e. of the seeds", "title_fontsize": 8}
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", **options)
     figure.suptitle("CNN on 1,000 images of CIFAR-10 (16 × 16), batch size 32")
-    figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
