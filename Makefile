@@ -15,10 +15,11 @@ TORCH_PIN := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help venv test test-all test-deep-river lint format demo benchmark-quick benchmark-overhead benchmark-sampling \
-	benchmark-layers benchmark-sequences benchmark-curvature benchmark-scale benchmark-theory build clean
+	benchmark-layers benchmark-sequences benchmark-curvature benchmark-scale benchmark-theory benchmark-gamma-decay \
+	build clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-22s %s\n", $$1, $$2 }' Makefile
 
 venv: $(STAMP)
 
@@ -93,6 +94,10 @@ benchmark-scale: $(STAMP) ## what the exchange between 1, 2 and 4 processes cost
 
 benchmark-theory: $(STAMP) ## theory, predicted against measured: one figure per paper, about 10 minutes
 	$(BIN)/python -m benchmarks.theory
+
+benchmark-gamma-decay: $(STAMP) ## batch noise as regularization: ζ, and a CNN, about 15 minutes (DATA_DIR=path/to/data)
+	$(BIN)/python -m benchmarks.theory_gamma --data-dir "$(DATA_DIR)"
+	$(BIN)/python -m benchmarks.gamma_decay --data-dir "$(DATA_DIR)"
 
 build: $(STAMP) ## build sdist and wheel, and try the wheel in a fresh environment
 	rm -rf build dist

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from bnp_optim import BNPreconditioner
 from bnp_optim.diagnostics.state import ModuleState, RandomState
+from bnp_optim.nn import GammaMeter
 from lightning_callbacks._manual import Losses, manual_stand_ins
 
 __all__ = ["Probe", "RankMean", "num_samples_of", "optimizer_names", "probe", "unwrapped"]
@@ -133,7 +134,7 @@ def probe(trainer: Any, pl_module: Any) -> Iterator[Probe]:
     """Whatever runs inside, training goes on as if it had not.
 
     Kept and put back: the random numbers of torch (CPU and CUDA), Python and numpy, and all that :class:`ModuleState`
-    names: buffers, metrics, modes, gradients, plain attributes. Meanwhile every BNPreconditioner measures nothing,
+    names: buffers, metrics, modes, gradients, plain attributes. Meanwhile no BNPreconditioner or GammaMeter measures,
     ``self.log`` and the loggers are silent, optimizers under manual optimization do not step, attention runs on the
     kernel that has second derivatives, and compiled modules run as they were written.
 
@@ -146,6 +147,9 @@ def probe(trainer: Any, pl_module: Any) -> Iterator[Probe]:
         made = Probe(trainer, pl_module, lambda: None, None)
         for optimizer in _preconditioners(made.optimizers.values()):
             stack.enter_context(optimizer.pause_statistics())
+        for meter in [hook for m in pl_module.modules() for hook in m._forward_hooks.values()]:
+            if isinstance(meter, GammaMeter):
+                stack.enter_context(meter.pause())
         if not pl_module.automatic_optimization:
             losses = Losses(len(made.optimizers))
             patches |= stack.enter_context(manual_stand_ins(trainer, pl_module, losses))
