@@ -4,6 +4,7 @@
 
 Each check writes OUTPUT/theory_NAME.json and theory_NAME.png. Measured points are kept under OUTPUT/.cache and not
 measured again; ``--fresh`` forgets them. A check of your own: a module with a ``Check``, and a line in ``CHECKS``.
+Two are commands of their own, which measure everything anew: ``COMMANDS``.
 """
 
 from __future__ import annotations
@@ -22,13 +23,21 @@ import matplotlib.pyplot as plt
 import torch
 from tqdm import tqdm
 
-from benchmarks import theory_batchnorm, theory_convergence, theory_fisher, theory_products
+from benchmarks import (
+    theory_batchnorm,
+    theory_convergence,
+    theory_fisher,
+    theory_gamma,
+    theory_initialization,
+    theory_products,
+)
 from benchmarks.convergence import environment
 from benchmarks.theory_common import Check
 
 CHECKS = {
     module.CHECK.name: module.CHECK for module in (theory_fisher, theory_batchnorm, theory_convergence, theory_products)
 }
+COMMANDS = {"gamma": theory_gamma.main, "initialization": theory_initialization.main}
 
 
 def run(check: Check, output: Path, *, fresh: bool = False) -> list[dict[str, Any]]:
@@ -57,12 +66,17 @@ def run(check: Check, output: Path, *, fresh: bool = False) -> list[dict[str, An
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=sorted(CHECKS), action="append", help="this check (repeat for several)")
+    parser.add_argument(
+        "--only", choices=sorted(CHECKS | COMMANDS), action="append", help="this check (repeat for several)"
+    )
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="(benchmarks/results)")
     parser.add_argument("--fresh", action="store_true", help="measure everything anew")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    for name in args.only or CHECKS:
+    for name in args.only or (*CHECKS, *COMMANDS):
+        if name in COMMANDS:
+            COMMANDS[name](["--output", str(args.output)])
+            continue
         rows = run(CHECKS[name], args.output, fresh=args.fresh)
         print("\n".join(CHECKS[name].summary(rows)))
 

@@ -199,8 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser("python -m benchmarks.theory_gamma", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data-dir", type=Path, help="holds cifar10/cifar10.npz; without it no convolutions")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="(%(default)s)")
-    parser.add_argument("--figure", type=Path, default=Path("docs/gamma_decay.png"), help="(%(default)s)")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="(benchmarks/results)")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     found = check()
@@ -214,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "theory_gamma.json").write_text(json.dumps(document, indent=1) + "\n")
     (args.output / "theory_gamma.md").write_text(f"M·ζ of gamma decay\n\n{text}")
-    plot(found, args.figure)
+    plot(found, args.output / "theory_gamma.png")
     print(text)
 
 

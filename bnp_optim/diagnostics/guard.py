@@ -15,6 +15,7 @@ from bnp_optim.capture import ForwardTap
 from bnp_optim.curvature.derivatives import second_derivatives
 from bnp_optim.diagnostics.state import ModuleState, RandomState
 from bnp_optim.discovery import clean_name
+from bnp_optim.nn.gamma_decay import GammaMeter
 
 __all__ = ["untouched"]
 
@@ -24,7 +25,7 @@ def untouched(model: nn.Module) -> Iterator[Callable[[], None]]:
     """Inside, ``model`` may be run; afterwards all but the values of its parameters is what it was.
 
     Kept and put back: random numbers (torch, Python, numpy), and what :class:`ModuleState` names: buffers, modes,
-    ``requires_grad``, ``.grad``, plain attributes. Every BNPreconditioner around the model measures nothing.
+    ``requires_grad``, ``.grad``, plain attributes. Every BNPreconditioner and GammaMeter on the model measures nothing.
 
     Yields:
         To call before each evaluation, which then starts from the same state (one dropout mask, one set of buffers).
@@ -61,16 +62,20 @@ def untouched(model: nn.Module) -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def _paused_taps(model: nn.Module) -> Iterator[None]:
-    """No BNPreconditioner measures the model: there may be several, and none need be at hand."""
+    """No BNPreconditioner or GammaMeter measures the model: there may be several, and none need be at hand."""
     hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
     gates = list({id(hook._gate): hook._gate for hook in hooks if isinstance(hook, ForwardTap)}.values())
-    for gate in gates:
-        gate.paused += 1
-    try:
-        yield
-    finally:
+    with ExitStack() as stack:
+        for meter in hooks:
+            if isinstance(meter, GammaMeter):
+                stack.enter_context(meter.pause())
         for gate in gates:
-            gate.paused -= 1
+            gate.paused += 1
+        try:
+            yield
+        finally:
+            for gate in gates:
+                gate.paused -= 1
 
 
 def _refuse_one_sample(name: str) -> Callable[[nn.Module, Any], None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import re
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from bnp_optim import BNPreconditioner
 from bnp_optim.diagnostics import activation_health, step_divergence
+from bnp_optim.nn import GammaMeter
 from tests.conftest import same, wrap
 from tests.diagnostics.nets import closure
 
@@ -254,6 +256,20 @@ def test_closures_that_leave_the_model_alone() -> None:
         activation_health(model, lambda: torch.ones(()))
     with pytest.raises(TypeError, match="model is a function"):
         step_divergence(closure, lambda: torch.ones(()), params=model.parameters())
+
+
+def test_meters_of_gamma_decay_measure_nothing() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    meter = GammaMeter("relu", interval=1)
+    meter.attach(model[0])
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    model(x)
+    before = copy.deepcopy(meter.state_dict())
+    activation_health(model, closure(model, 3 * x, y))
+    step_divergence(model, closure(model, 3 * x, y), step_sizes=[0.1])
+    assert meter.averages is not None and before["averages"] is not None
+    assert torch.equal(meter.averages, before["averages"])
+    assert meter.state_dict()["calls"] == 1
 
 
 def test_figures() -> None:
