@@ -140,7 +140,8 @@ def markdown(document: dict[str, Any]) -> str:
         "# What the exchange of statistics costs (DistributedDataParallel, gloo)",
         "",
         f"{document['cpu']}, {document['cores']} cores, one thread per process; torch {document['torch']}, "
-        f"{document['date']}. Milliseconds of a step are rank 0's median; ratios are of medians, by blocks in turns.",
+        f"{document['date']}. Milliseconds of a step are rank 0's median; ratios are of medians, by blocks in turns. "
+        f"Load average before: {document['load']:.0f}.",
         "",
         "| network (batch per process) | processes | plain ms | wrapped / plain | not shared / plain | "
         "bytes per rank and step | 8·Σ channels | of the gradients' bytes | parameters the same |",
@@ -161,7 +162,9 @@ def plot(document: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     names = list(dict.fromkeys(r["row"] for r in document["rows"]))
-    figure, axes = plt.subplots(1, len(names), figsize=(3.1 * len(names), 3.2), sharey=True, layout="constrained")
+    size = (3.1 * len(names), 3.2)
+    figure, grid = plt.subplots(1, len(names), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    axes = list(grid[0])
     for ax, name in zip(axes, names, strict=True):
         rows = [r for r in document["rows"] if r["row"] == name]
         worlds = [str(r["processes"]) for r in rows]
@@ -172,7 +175,7 @@ def plot(document: dict[str, Any], path: Path) -> None:
         ax.set_xlabel("processes")
     axes[0].set_ylabel("time of a step / plain base's")
     axes[0].legend(fontsize=8)
-    axes[0].set_ylim(bottom=0.9)
+    axes[0].set_ylim(bottom=0.8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -186,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     from benchmarks.convergence import environment  # draws too, and measuring processes import this module
 
-    document: dict[str, Any] = environment() | {"rounds": args.rounds}
+    document: dict[str, Any] = environment() | {"rounds": args.rounds, "load": os.getloadavg()[0]}
     kept = args.output.with_suffix(".partial.json")  # finished rows, so that a run that was cut off goes on
     rows = json.loads(kept.read_text()) if kept.is_file() else []
     todo = [(name, world) for name in args.rows for world in args.worlds]

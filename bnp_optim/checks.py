@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,11 +15,10 @@ from bnp_optim.discovery import SkipRule, clean_name
 
 __all__ = [
     "check_after_backward",
-    "check_choice",
     "check_decay",
     "check_differentiable",
-    "check_number",
     "check_objects",
+    "check_options",
     "checked_skip",
 ]
 
@@ -127,6 +127,29 @@ def checked_skip(skip: Any, model: nn.Module, name: str = "skip") -> tuple[SkipR
         elif not (isinstance(rule, nn.Module) or (isinstance(rule, type) and issubclass(rule, nn.Module))):
             raise TypeError(f"{name} holds {rule!r}: give module classes, names or modules")
     return rules
+
+
+def check_options(
+    stat_decay: Any,
+    var_rel_eps: Any,
+    var_eps: Any,
+    mode: Any,
+    step_scale: Any,
+    variance: Any,
+    stat_interval: Any,
+    max_observations: Any,
+) -> None:
+    """Refuse options of the wrong type or out of their range."""
+    check_number("stat_decay", stat_decay, lambda x: 0 <= x < 1, "in [0, 1), such as 0.99")
+    check_number("var_rel_eps", var_rel_eps, lambda x: 0 <= x < math.inf, "at least 0, such as 1e-2")
+    check_number("var_eps", var_eps, lambda x: 0 < x < math.inf, "above 0, such as 1e-4")
+    check_choice("mode", mode, ("auto", "gradient", "two_sided"))
+    check_choice("step_scale", step_scale, ("trace", "spectral", "fan_in", None))
+    check_choice("variance", variance, ("total", "batch"))
+    whole = "a whole number of at least 1"
+    check_number("stat_interval", stat_interval, lambda x: 1 <= x < math.inf and x == int(x), whole)
+    if max_observations is not None:
+        check_number("max_observations", max_observations, lambda x: 1 <= x < math.inf and x == int(x), whole)
 
 
 def check_number(name: str, value: Any, valid: Callable[[float], bool], remedy: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,11 +19,10 @@ from bnp_optim.bases import enter, leave, traits_of
 from bnp_optim.checkpoint import is_rehearsal, merge, split
 from bnp_optim.checks import (
     check_after_backward,
-    check_choice,
     check_decay,
     check_differentiable,
-    check_number,
     check_objects,
+    check_options,
     checked_skip,
 )
 from bnp_optim.coverage import Coverage, coverage_of
@@ -116,17 +114,8 @@ class BNPreconditioner(AroundOptimizer):
         if any(isinstance(x, BNPreconditioner) for x in (optimizer, getattr(optimizer, "optimizer", None))):
             raise TypeError("optimizer is already a BNPreconditioner: wrap the base optimizer once")
         check_objects(optimizer, model)
-        check_number("stat_decay", stat_decay, lambda x: 0 <= x < 1, "in [0, 1), such as 0.99")
-        check_number("var_rel_eps", var_rel_eps, lambda x: 0 <= x < math.inf, "at least 0, such as 1e-2")
-        check_number("var_eps", var_eps, lambda x: 0 < x < math.inf, "above 0, such as 1e-4")
-        check_choice("mode", mode, ("auto", "gradient", "two_sided"))
-        check_choice("step_scale", step_scale, ("trace", "spectral", "fan_in", None))
-        check_choice("variance", variance, ("total", "batch"))
-        whole = "a whole number of at least 1"
-        check_number("stat_interval", stat_interval, lambda x: 1 <= x < math.inf and x == int(x), whole)
-        if max_observations is not None:
-            check_number("max_observations", max_observations, lambda x: 1 <= x < math.inf and x == int(x), whole)
-            max_observations = int(max_observations)
+        check_options(stat_decay, var_rel_eps, var_eps, mode, step_scale, variance, stat_interval, max_observations)
+        max_observations = None if max_observations is None else int(max_observations)
         rules = checked_skip(skip, model)
         self._setup(
             optimizer,

@@ -485,6 +485,7 @@ def main(names: list[str]) -> None:
             found[name] = {"failed": traceback.format_exc()}
             break  # the other ranks are elsewhere
     print(json.dumps(found), flush=True)
+    warnings.simplefilter("ignore")  # what torch leaves behind at exit
     everywhere(torch.zeros(1))
     dist.destroy_process_group()
 
