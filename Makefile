@@ -9,15 +9,17 @@ OVERHEAD_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEEP_RIVER := .venv-deep-river
 TORCH_PIN := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv test test-all lint format demo benchmark-quick benchmark-overhead benchmark-sampling \
-	benchmark-layers benchmark-sequences benchmark-curvature benchmark-scale build clean
+.PHONY: help venv test test-all test-deep-river lint format demo benchmark-quick benchmark-overhead benchmark-sampling \
+	benchmark-layers benchmark-sequences benchmark-curvature benchmark-scale benchmark-theory benchmark-gamma-decay \
+	build clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-22s %s\n", $$1, $$2 }' Makefile
 
 venv: $(STAMP)
 
@@ -42,6 +44,18 @@ test: $(STAMP) ## run the tests, but for the slow ones (PYTEST_ARGS="-k name" to
 
 test-all: $(STAMP) ## run all tests, the slow ones too
 	$(BIN)/python -m pytest -m "slow or not slow" $(PYTEST_ARGS)
+
+test-deep-river: $(DEEP_RIVER)/.installed ## test against deep-river, in an environment of its own
+	$(DEEP_RIVER)/bin/python -c "import deep_river.base"
+	$(DEEP_RIVER)/bin/python -m pytest tests/clients/test_deep_river.py $(PYTEST_ARGS)
+
+# deep-river 0.3.4 asks for torch < 2.6 and river < 0.26: it gets our torch and that river
+$(DEEP_RIVER)/.installed: constraints.txt
+	$(PYTHON) -m venv $(DEEP_RIVER)
+	$(DEEP_RIVER)/bin/python -m pip install -c constraints.txt "$(TORCH_PIN)" numpy pytest pytest-timeout scikit-learn tqdm
+	$(DEEP_RIVER)/bin/python -m pip install "river==0.25.0" "pandas<3" sortedcontainers torchviz
+	$(DEEP_RIVER)/bin/python -m pip install --no-deps "deep-river==0.3.4"
+	@touch $@
 
 lint: $(STAMP) ## check style, format and types
 	$(BIN)/ruff check .
@@ -78,6 +92,13 @@ benchmark-curvature: $(STAMP) ## what an estimate of curvature costs, beside oth
 benchmark-scale: $(STAMP) ## what the exchange between 1, 2 and 4 processes costs, about 5 minutes
 	$(BIN)/python -m benchmarks.scale
 
+benchmark-theory: $(STAMP) ## theory, predicted against measured: one figure per paper, about 10 minutes
+	$(BIN)/python -m benchmarks.theory
+
+benchmark-gamma-decay: $(STAMP) ## batch noise as regularization: ζ, and a CNN, about 15 minutes (DATA_DIR=path/to/data)
+	$(BIN)/python -m benchmarks.theory_gamma --data-dir "$(DATA_DIR)"
+	$(BIN)/python -m benchmarks.gamma_decay --data-dir "$(DATA_DIR)"
+
 build: $(STAMP) ## build sdist and wheel, and try the wheel in a fresh environment
 	rm -rf build dist
 	$(BIN)/python -m build
@@ -85,5 +106,5 @@ build: $(STAMP) ## build sdist and wheel, and try the wheel in a fresh environme
 	$(BIN)/python scripts/check_wheel.py dist/*.whl --constraints constraints.txt
 
 clean: ## remove the environment, caches and builds
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEEP_RIVER) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

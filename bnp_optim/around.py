@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import Any
 
 from torch.optim import Optimizer
+
+from bnp_optim.bases import become_optimizer
 
 __all__ = ["AroundOptimizer"]
 
@@ -21,13 +22,7 @@ class AroundOptimizer(Optimizer):
 
     def _go_around(self, base: Optimizer) -> None:
         self.base_optimizer = base
-        self._optimizer_step_pre_hooks = OrderedDict()
-        self._optimizer_step_post_hooks = OrderedDict()
-        self._optimizer_state_dict_pre_hooks = OrderedDict()
-        self._optimizer_state_dict_post_hooks = OrderedDict()
-        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
-        self._optimizer_load_state_dict_post_hooks = OrderedDict()
-        self._patch_step_function()
+        become_optimizer(self)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

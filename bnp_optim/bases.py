@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch.optim import Optimizer
 
-__all__ = ["BaseTraits", "enter", "is_zero", "leave", "needs_closure", "traits_of"]
+__all__ = ["BaseTraits", "become_optimizer", "enter", "is_zero", "leave", "leaves_of", "needs_closure", "traits_of"]
 
 Form = Literal["gradient", "two_sided"]
 
@@ -29,7 +30,8 @@ class BaseTraits:
         form: The form that ``mode="auto"`` picks.
         additive: Whether the update (without weight decay) is a function of the gradients alone.
         decoupled: Given a parameter group: is its weight decay decoupled (``w ← (1 - lr·λ)w``, AdamW) or L2
-            (``g ← g + λw``)? None for a base of unknown class, whose decay is left to itself.
+            (``g ← g + λw``)? None for a base of unknown class, whose decay is left to itself, and for a combination,
+            whose leaves know.
         adaptive: Whether it rescales its gradient by entry or matrix, which P Pᵀ would fight.
     """
 
@@ -71,14 +73,27 @@ _TABLE: dict[str, BaseTraits] = {
 _UNKNOWN = BaseTraits("two_sided", False, None)
 
 
+def leaves_of(base: Optimizer) -> list[Optimizer]:
+    """The optimizers that do the work: those in a CombinedOptimizer (combinations nest), else ``base`` itself."""
+    # NOTE: asked by name, since combined.py builds on this file
+    parts: tuple[Optimizer, ...] = getattr(base, "_bnp_parts", ())
+    return [leaf for part in parts for leaf in leaves_of(part)] or [base]
+
+
 def traits_of(base: Optimizer) -> BaseTraits:
     """The traits of ``base``: of the class of torch.optim whose ``step`` it runs, else cautious ones.
 
     A subclass that brings its own ``step`` is another algorithm, unless it descends from SGD: then "auto" still
-    picks the gradient form.
+    picks the gradient form. A combination is two-sided if any of its leaves is: P ties a layer's weight to its
+    bias, so both need the same form, and plain SGD takes the same steps in either.
     """
     if is_zero(base):  # its own step runs the inner optimizer's, on this rank's share
         return replace(traits_of(base.optim), additive=False, decoupled=None)  # type: ignore[attr-defined]
+    leaves = leaves_of(base)
+    if leaves != [base]:
+        traits = [traits_of(leaf) for leaf in leaves]
+        form: Form = "two_sided" if any(t.form == "two_sided" for t in traits) else "gradient"
+        return BaseTraits(form, all(t.additive for t in traits), None, any(t.adaptive for t in traits))
     for cls in type(base).__mro__:
         known = _TABLE.get(cls.__name__)
         if known is not None and getattr(torch.optim, cls.__name__, None) is cls:
@@ -120,11 +135,17 @@ def enter(base: Optimizer) -> Callable[[], Any]:
     kwargs: dict[str, Any] = {}
     for pre_hook in base._optimizer_step_pre_hooks.values():
         args, kwargs = pre_hook(base, args, kwargs) or (args, kwargs)
+    parts: tuple[Optimizer, ...] = getattr(base, "_bnp_parts", ())
+    if parts:
+        steps = [enter(part) for part in parts]
+        return lambda: [run() for run in steps]
     return functools.partial(step.__wrapped__ if getattr(step, "hooked", False) else step, *args, **kwargs)
 
 
 def leave(base: Optimizer) -> None:
     """Fire the base's own step post-hooks."""
+    for part in getattr(base, "_bnp_parts", ()):
+        leave(part)
     if not _is_foreign(base.__dict__.get("step")):
         for post_hook in base._optimizer_step_post_hooks.values():
             post_hook(base, (base,), {})
@@ -133,3 +154,14 @@ def leave(base: Optimizer) -> None:
 def _is_foreign(patched: Any) -> bool:
     """Whether ``step`` was patched on the instance by anyone but a learning-rate scheduler."""
     return patched is not None and not hasattr(patched, "_wrapped_by_lr_sched")
+
+
+def become_optimizer(wrapper: Optimizer) -> None:
+    """What ``Optimizer.__init__`` does, but for groups and state: those are the wrapped optimizers' own."""
+    wrapper._optimizer_step_pre_hooks = OrderedDict()
+    wrapper._optimizer_step_post_hooks = OrderedDict()
+    wrapper._optimizer_state_dict_pre_hooks = OrderedDict()
+    wrapper._optimizer_state_dict_post_hooks = OrderedDict()
+    wrapper._optimizer_load_state_dict_pre_hooks = OrderedDict()
+    wrapper._optimizer_load_state_dict_post_hooks = OrderedDict()
+    wrapper._patch_step_function()

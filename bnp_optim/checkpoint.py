@@ -18,7 +18,7 @@ from bnp_optim.tracking import Tracker
 
 __all__ = ["FORMAT_VERSION", "Loaded", "is_rehearsal", "merge", "split"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # a new one brings its reader of the old, and a file in tests/data (see tests/stored.py)
 _PREFIX = "bnp_"
 _REQUIRED = ("mean", "variance", "count", "mass", "q2")
 
@@ -81,11 +81,15 @@ def split(state_dict: Mapping[str, Any], groups: Iterable[dict[str, Any]], track
     """Take ``state_dict`` apart and check it against the layers at hand; nothing is changed.
 
     Raises:
-        ValueError: if it holds statistics of other layers or shapes, or of a newer format.
+        ValueError: if it holds statistics of other layers or shapes, or of a newer format, or is damaged.
     """
     header = state_dict.get("bnp", {"version": FORMAT_VERSION, "steps": 0})
-    if not isinstance(header, dict) or not all(isinstance(header.get(key), int) for key in ("version", "steps")):
-        raise ValueError(f"state_dict['bnp'] is {header!r}, it must hold 'version' and 'steps': save it anew")
+    least = {"version": 1, "steps": 0}
+    if not isinstance(header, dict) or not all(_whole(header.get(key), low) for key, low in least.items()):
+        raise ValueError(
+            f"state_dict['bnp'] is {header!r}, it must hold whole numbers 'version' (at least 1) and 'steps' (at "
+            "least 0): it is damaged, save it anew"
+        )
     if header["version"] > FORMAT_VERSION:
         raise ValueError(
             f"state_dict has statistics in format version {header['version']}, this bnp_optim reads up to "
@@ -137,6 +141,10 @@ def _check(layer: Layer, snapshot: Mapping[str, Tensor], tracker: Tracker) -> No
                 f"state_dict has {_PREFIX}{key} of shape {tuple(found)} for layer {layer.name!r}, which needs "
                 f"{tuple(shape)}: load it into the model that it was saved from"
             )
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _indices(groups: Iterable[dict[str, Any]]) -> dict[int, int]:

@@ -22,6 +22,9 @@ __all__ = [
     "checked_skip",
 ]
 
+# Their optimizers' steps unscale, skip, or do nothing while gradients accumulate: ours must not come before
+_TRAINERS = ("accelerate", "lightning_fabric", "pytorch_lightning", "lightning")
+
 
 def check_objects(optimizer: Any, model: Any) -> None:
     """Refuse what is no optimizer or no model, and the ones that cannot work."""
@@ -30,6 +33,13 @@ def check_objects(optimizer: Any, model: Any) -> None:
         raise TypeError(
             f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}: build it first, such as "
             "torch.optim.SGD(model.parameters(), lr=0.1)"
+        )
+    inner = getattr(optimizer, "optimizer", None)
+    if isinstance(inner, Optimizer) and any(_is_a(optimizer, trainer) for trainer in _TRAINERS):
+        name = type(inner).__name__
+        raise TypeError(
+            f"optimizer is the {type(optimizer).__name__} that a trainer has made of {name}: wrap {name} before, and "
+            f"hand the trainer BNPreconditioner({name}(...), model)"
         )
     if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
         raise TypeError(
@@ -102,20 +112,20 @@ def check_differentiable(optimizer: Optimizer, *, has_layers: bool) -> None:
         )
 
 
-def checked_skip(skip: Any, model: nn.Module) -> tuple[SkipRule, ...]:
-    """The rules of ``skip``, each of which fits the model."""
+def checked_skip(skip: Any, model: nn.Module, name: str = "skip") -> tuple[SkipRule, ...]:
+    """The rules of the argument ``name``, each of which fits the model."""
     if isinstance(skip, (str, type, nn.Module)) or not isinstance(skip, Iterable):
         raise TypeError(
-            f"skip must be a collection of module classes, names or modules, got {skip!r}: write skip=[...]"
+            f"{name} must be a collection of module classes, names or modules, got {skip!r}: write {name}=[...]"
         )
     rules = tuple(skip)
-    names = {clean_name(name) for name, _ in model.named_modules()}
+    names = {clean_name(n) for n, _ in model.named_modules()}
     for rule in rules:
         if isinstance(rule, str):
             if rule not in names:
-                raise ValueError(f"skip names {rule!r}, which is no module of the model: see model.named_modules()")
+                raise ValueError(f"{name} names {rule!r}, which is no module of the model: see model.named_modules()")
         elif not (isinstance(rule, nn.Module) or (isinstance(rule, type) and issubclass(rule, nn.Module))):
-            raise TypeError(f"skip holds {rule!r}: give module classes, names or modules")
+            raise TypeError(f"{name} holds {rule!r}: give module classes, names or modules")
     return rules
 
 

@@ -17,7 +17,7 @@ from bnp_optim.fsdp import Managed, managed_parameters
 from bnp_optim.layers import LayerAdapter, Match, ModuleAdapter, Part, Rows, adapter_for, checked_parts
 from bnp_optim.layouts import block_of
 
-__all__ = ["Findings", "Layer", "ShardedLayer", "SkipRule", "Use", "clean_name", "find_layers"]
+__all__ = ["Findings", "Layer", "ShardedLayer", "SkipRule", "Use", "clean_name", "find_layers", "matches"]
 
 SkipRule = type[nn.Module] | str | nn.Module
 _SKIPPED = "skipped by the user"
@@ -189,7 +189,7 @@ def find_layers(model: nn.Module, skip: Collection[SkipRule] = ()) -> Findings:
         lazy = any(is_lazy(p) for p in module._parameters.values())
         if lazy and match is not None:
             findings.lazy.append(module)
-        skipped = any(_matches(rule, name, module) for rule in skip)
+        skipped = any(matches(rule, name, module) for rule in skip)
         reason = _why_none(name, module, match, skipped, lazy)
         hidden = match is None or lazy or _computed(module, match)
         parts, why = ((), reason) if match is None or hidden else checked_parts(name, module, match)
@@ -299,7 +299,8 @@ def _why_not(weight: Tensor | None, part: Part, module: nn.Module) -> str | None
     return None
 
 
-def _matches(rule: SkipRule, name: str, module: nn.Module) -> bool:
+def matches(rule: SkipRule, name: str, module: nn.Module) -> bool:
+    """Whether a rule of ``skip`` speaks of ``module``, which is called ``name``."""
     if isinstance(rule, str):
         return name == rule or name.startswith(rule + ".")
     if isinstance(rule, nn.Module):

@@ -182,5 +182,5 @@ class DeviceLedger:
     def restore(self, i: int, count: Tensor, mass: Tensor) -> None:
         """See :class:`Ledger`."""
         self._counts[i] = count
-        self._masses[i] = mass
+        self._masses[i] = mass.to(self._masses.dtype)  # float64 in checkpoints of CPU models, which MPS has not
         self._new = self._counts, self._masses

@@ -113,7 +113,7 @@ class BNPreconditioner(AroundOptimizer):
         skip: Collection[SkipRule] = (),
         process_group: Any = None,
     ) -> None:
-        if isinstance(optimizer, BNPreconditioner):
+        if any(isinstance(x, BNPreconditioner) for x in (optimizer, getattr(optimizer, "optimizer", None))):
             raise TypeError("optimizer is already a BNPreconditioner: wrap the base optimizer once")
         check_objects(optimizer, model)
         check_options(stat_decay, var_rel_eps, var_eps, mode, step_scale, variance, stat_interval, max_observations)
@@ -129,7 +129,7 @@ class BNPreconditioner(AroundOptimizer):
         try:
             check_decay(optimizer, self._form)
             check_differentiable(optimizer, has_layers=bool(self._tracker.layers))
-            self._advise(at_the_door(optimizer, model, self._traits, self._form, self._tracker))
+            self._advise(at_the_door(optimizer, model, self._form, self._tracker))
         except (ValueError, Warning):  # warnings may be errors: leave the model as it was
             self._tracker.detach()
             raise
@@ -161,7 +161,7 @@ class BNPreconditioner(AroundOptimizer):
         self._about = {"the base": type(optimizer).__name__, "the form": self._form} | vars(options)
         self._about |= {key: settings[key] for key in ("stat_interval", "compiled")}
         self._apply = CompiledTransforms() if settings["compiled"] else apply_to_all
-        self._z = ZCoordinates(optimizer, self._traits, self._apply)
+        self._z = ZCoordinates(optimizer, self._apply)
         # an object: clients copy our __dict__ and must see the same count
         self._progress = {"steps": 0, "started": 0}
         self._warned: set[str] = set()

@@ -8,7 +8,7 @@ for that call.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from bnp_optim.application import Task, add_on_rows, apply_to_all, gradient_task
-from bnp_optim.bases import BaseTraits
+from bnp_optim.bases import BaseTraits, leaves_of, traits_of
 from bnp_optim.blocks import ColumnFactors, local
 from bnp_optim.columns import over_columns
 from bnp_optim.places import LiveLayer
@@ -30,16 +30,13 @@ class ZCoordinates:
 
     Args:
         base: The base optimizer.
-        traits: Its traits.
         apply: Runs a transform on all layers.
     """
 
-    def __init__(
-        self, base: Optimizer, traits: BaseTraits, apply: Callable[[Callable[..., None], Sequence[Task]], None]
-    ) -> None:
-        self._base = base
+    def __init__(self, base: Optimizer, apply: Callable[[Callable[..., None], Sequence[Task]], None]) -> None:
+        self._leaves = [(leaf, traits_of(leaf)) for leaf in leaves_of(base)]
+        self._additive = all(traits.additive for _, traits in self._leaves)
         self._apply = apply
-        self._traits = traits
         self._buffers: dict[int, Tensor] = {}
 
     def step(
@@ -52,9 +49,12 @@ class ZCoordinates:
             layers: Those with a gradient, and their P.
             sharded: Whether some of them are.
         """
-        group_of = {id(p): group for group in self._base.param_groups for p in group["params"]}
+        decay_of: dict[int, tuple[float, Any]] = {}
+        for leaf, traits in self._leaves:
+            for group in leaf.param_groups:
+                decay_of |= dict.fromkeys(map(id, group["params"]), _decay(traits, group))
         parameters = [p for x, _ in layers for p in (x.weight, x.bias) if p is not None]
-        decays = [_decay(self._traits, group_of[id(p)]) for p in parameters]
+        decays = [decay_of[id(p)] for p in parameters]
         for p, (l2, _) in zip(parameters, decays, strict=True):
             if p.grad is not None and l2:
                 p.grad.add_(p, alpha=l2)
@@ -63,8 +63,10 @@ class ZCoordinates:
 
         held = [local(p) for p in parameters] if sharded else parameters
         self._buffers = {id(p): self._buffer(id(p), h) for p, h in zip(parameters, held, strict=True)}
-        with _decay_off(self._base, self._traits, set(self._buffers)):
-            (self._from_zero if self._traits.additive else self._from_here)(base_step, parameters, held)
+        with ExitStack() as stack:
+            for leaf, traits in self._leaves:
+                stack.enter_context(_decay_off(leaf, traits, set(self._buffers)))
+            (self._from_zero if self._additive else self._from_here)(base_step, parameters, held)
         for h, (_, shrink) in zip(held, decays, strict=True):
             if shrink is not None:
                 h.mul_(shrink)

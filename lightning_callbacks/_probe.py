@@ -16,8 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
 from bnp_optim import BNPreconditioner
+from bnp_optim.diagnostics.state import ModuleState, RandomState
+from bnp_optim.nn import GammaMeter
 from lightning_callbacks._manual import Losses, manual_stand_ins
-from lightning_callbacks._state import ModuleState, RandomState
 
 __all__ = ["Probe", "RankMean", "num_samples_of", "optimizer_names", "probe", "unwrapped"]
 
@@ -91,6 +92,11 @@ class Probe:
             raise error
         return result
 
+    def of_rank_zero(self, prepare: Callable[[], T]) -> T:
+        """``prepare()`` on all ranks, since a module may wait for the others; its result is rank zero's."""
+        mine = self.on_all_ranks(prepare)
+        return self.trainer.strategy.broadcast(mine) if self.trainer.world_size > 1 else mine
+
 
 class RankMean:
     """A change of coordinates that is none, but averages products over the ranks of data-parallel training.
@@ -128,7 +134,7 @@ def probe(trainer: Any, pl_module: Any) -> Iterator[Probe]:
     """Whatever runs inside, training goes on as if it had not.
 
     Kept and put back: the random numbers of torch (CPU and CUDA), Python and numpy, and all that :class:`ModuleState`
-    names: buffers, metrics, modes, gradients, plain attributes. Meanwhile every BNPreconditioner measures nothing,
+    names: buffers, metrics, modes, gradients, plain attributes. Meanwhile no BNPreconditioner or GammaMeter measures,
     ``self.log`` and the loggers are silent, optimizers under manual optimization do not step, attention runs on the
     kernel that has second derivatives, and compiled modules run as they were written.
 
@@ -141,6 +147,9 @@ def probe(trainer: Any, pl_module: Any) -> Iterator[Probe]:
         made = Probe(trainer, pl_module, lambda: None, None)
         for optimizer in _preconditioners(made.optimizers.values()):
             stack.enter_context(optimizer.pause_statistics())
+        for meter in [hook for m in pl_module.modules() for hook in m._forward_hooks.values()]:
+            if isinstance(meter, GammaMeter):
+                stack.enter_context(meter.pause())
         if not pl_module.automatic_optimization:
             losses = Losses(len(made.optimizers))
             patches |= stack.enter_context(manual_stand_ins(trainer, pl_module, losses))

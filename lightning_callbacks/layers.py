@@ -64,10 +64,7 @@ class LayerConditionMonitor(Monitor):
 
     def estimate(self, probe: Probe, batches: list[IndexedBatch], progress: Progress) -> Findings:
         """See :class:`Monitor`."""
-        values = probe.on_all_ranks(lambda: self._values(probe, batches, progress))
-        if probe.trainer.world_size > 1:
-            values = probe.trainer.strategy.broadcast(values)
-        return Findings(values)
+        return Findings(probe.of_rank_zero(lambda: self._values(probe, batches, progress)))
 
     def _values(self, probe: Probe, batches: list[IndexedBatch], progress: Progress) -> dict[str, float]:
         weights = {layer.name: layer.weight for layer in find_layers(probe.pl_module).layers}

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from bnp_optim import BNPreconditioner
 from bnp_optim.ledger import DeviceLedger, HostLedger
@@ -106,6 +108,56 @@ def test_the_host_reads_nothing(base: Any, step_scale: Any) -> None:
     assert optimizer.coverage().preconditioned == ("0.weight", "0.bias", "2.weight", "4.weight", "4.bias")
     with pytest.raises((RuntimeError, NotImplementedError)):
         optimizer.statistics["0"].mean.tolist()
+
+
+class NoDouble(TorchDispatchMode):
+    """As on MPS, which has no float64."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            assert not (isinstance(x, torch.Tensor) and x.is_meta and x.dtype == torch.float64), func
+        return result
+
+
+MODELS: dict[str, Any] = {
+    "convolutions": (net, (4, 2, 5, 5)),
+    "transposed": (lambda: nn.Sequential(nn.ConvTranspose1d(3, 4, 3, stride=2), nn.ReLU()), (4, 3, 5)),
+    "recurrent": (lambda: nn.LSTM(3, 4, batch_first=True), (4, 5, 3)),
+    "attention": (lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), (4, 5, 8)),
+    "bilinear": (lambda: Pair(), (4, 3)),
+}
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = nn.Bilinear(3, 3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.both(x, x)
+        return y
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("step_scale", ["trace", "spectral"])
+@pytest.mark.parametrize("model", MODELS)
+def test_no_float64_on_the_device(model: str, step_scale: Any, base: Any) -> None:
+    build, shape = MODELS[model]
+    with torch.device("meta"):
+        module, x = build(), torch.empty(shape)
+    with NoDouble():
+        optimizer = BNPreconditioner(base(module.parameters(), lr=0.1, foreach=False), module, step_scale=step_scale)
+        for _ in range(2):
+            optimizer.zero_grad()
+            output = module(x)
+            (output[0] if isinstance(output, tuple) else output).square().mean().backward()
+            optimizer.step()
+        optimizer.state_dict()
+    assert isinstance(optimizer._tracker._shelves[0][0].bank.ledger, DeviceLedger)
+    assert optimizer.coverage().preconditioned
+    with NoDouble(), pytest.raises(AssertionError, match="aten"):
+        torch.ones(2, device="meta").double()  # it would have been seen
 
 
 @needs_cuda

@@ -39,6 +39,9 @@ DAMAGE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "header": lambda d: d.update(bnp=None),
     "version": lambda d: d["bnp"].update(version="x"),
     "steps": lambda d: d["bnp"].update(steps=None),
+    "bool": lambda d: d["bnp"].update(version=True),
+    "older than the first": lambda d: d["bnp"].update(version=0),
+    "steps below zero": lambda d: d["bnp"].update(steps=-1),
     "newer": lambda d: d["bnp"].update(version=99),
 }
 

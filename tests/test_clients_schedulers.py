@@ -33,6 +33,14 @@ SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
     "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, factor=0.5, patience=1),
     "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, T_0=5),
     "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)),
+    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda step: 0.9),
+    "StepLR": lambda o: lr_scheduler.StepLR(o, 3, 0.5),
+    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [2, 7], 0.5),
+    "ConstantLR": lambda o: lr_scheduler.ConstantLR(o, 0.5, total_iters=5),
+    "LinearLR": lambda o: lr_scheduler.LinearLR(o, 0.1, total_iters=8),
+    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.9),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=8),
+    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, total_iters=8, power=2.0),
     "SWALR": lambda o: SWALR(o, swa_lr=0.01, anneal_epochs=4),
 }
 BASES: dict[str, Callable[[Any], Optimizer]] = {
@@ -70,6 +78,11 @@ def run(base: str, scheduler: str, wrap: str) -> tuple[list[Any], Any, Optimizer
     return seen, schedule, optimizer
 
 
+def test_they_are_all_here() -> None:
+    torchs = {name for name in lr_scheduler.__all__ if name.endswith(("LR", "Scheduler", "WarmRestarts", "Plateau"))}
+    assert torchs - {"LRScheduler"} == SCHEDULERS.keys() - {"SWALR"}
+
+
 @pytest.mark.parametrize("wrap", ["before", "after"])
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("base", BASES)
@@ -77,7 +90,7 @@ def test_rates_and_momenta_are_those_of_the_base(base: str, scheduler: str, wrap
     """Warnings are errors here: nor does a scheduler think that the optimizer has not stepped."""
     expected = run(base, scheduler, "no")[0]
     assert run(base, scheduler, wrap)[0] == expected
-    assert len({str(e) for e in expected}) > 2  # it did move
+    assert len({str(e) for e in expected}) > 1  # it did move
 
 
 def test_one_cycle_moves_the_momentum_that_the_base_uses() -> None:
@@ -99,7 +112,7 @@ def test_a_scheduler_that_steps_first_is_told_so(wrap: bool) -> None:
         scheduler.step()
 
 
-@pytest.mark.parametrize("scheduler", ["LambdaLR", "OneCycleLR", "SequentialLR", "ReduceLROnPlateau"])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("base", BASES)
 def test_resume_of_scheduler_and_wrapper_is_bitwise(base: str, scheduler: str) -> None:
     def start() -> tuple[nn.Module, BNPreconditioner, Any]:

@@ -22,7 +22,8 @@ def blocks(document: str) -> list[str]:
 
 
 def test_readme(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loop, lightning, stream, watching = blocks("README.md")
+    marks = ("print(optimizer.coverage())", "def configure_optimizers", "def stream", "BNPAdamW", "lightning_callbacks")
+    loop, lightning, stream, named, watching = (next(b for b in blocks("README.md") if mark in b) for mark in marks)
     scope: dict[str, Any] = {}
     exec(loop, scope)
     assert scope["optimizer"].statistics["0"].count == 320
@@ -33,6 +34,9 @@ def test_readme(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch:
     exec(stream, scope)
     assert scope["optimizer"].statistics["0"].count == 200
     assert scope["error"] / 200 < 1.0  # the answer is around 5
+
+    exec(named, scope)
+    assert repr(scope["optimizer"]).startswith("BNPAdamW(AdamW, 2 layers, mode='two_sided'")
 
     pytest.importorskip("pytorch_lightning", reason="the Lightning example needs pytorch-lightning")
     exec(lightning, scope)
@@ -48,6 +52,31 @@ def test_readme(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch:
     )
 
 
+def test_integrations_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One net all along: what was measured goes on from client to client, but each wrapper starts anew."""
+    batches = [(torch.randn(8, 20), torch.randint(2, (8,))) for _ in range(4)]
+    scope: dict[str, Any] = {"batches": batches}
+    amp, fabric, accelerate, resume = blocks("docs/integrations.md")
+    exec(amp, scope)
+    assert 0 < scope["optimizer"].statistics["0"].count <= 32  # the scaler may skip the first steps
+    pytest.importorskip("lightning_fabric", reason="the Fabric example needs it")
+    pytest.importorskip("accelerate", reason="the Accelerate example needs it")
+    for code in (fabric, accelerate):
+        exec(code, scope)
+        assert scope["wrapper"].statistics["0"].count == 32
+    monkeypatch.chdir(tmp_path)
+    before = scope["wrapper"].statistics["0"].mean
+    exec(resume, scope)
+    assert torch.equal(scope["wrapper"].statistics["0"].mean, before)
+
+
+def test_the_tests_that_the_integrations_page_names() -> None:
+    rows = [line for line in (ROOT / "docs/integrations.md").read_text(encoding="utf-8").splitlines() if "| `" in line]
+    names = {name for row in rows for name in re.findall(r"`((?:\w+/)?test_\w+\.py)`", row.split("|")[-2])}
+    assert len(names) > 15
+    assert not [n for n in names if not any((ROOT / "tests" / f / n).is_file() for f in ("", "clients"))]
+
+
 def test_callbacks_page() -> None:
     pytest.importorskip("pytorch_lightning", reason="the callbacks need pytorch-lightning")
     scope: dict[str, Any] = {}
@@ -61,6 +90,15 @@ def test_callbacks_page() -> None:
     assert loss(outputs).shape == ()
 
 
+def test_initialization_page(capsys: pytest.CaptureFixture[str]) -> None:
+    scope: dict[str, Any] = {}
+    (code,) = blocks("docs/initialization.md")
+    exec(code, scope)
+    assert [x.name for x in scope["health"].layers] == ["0", "2", "4"]
+    assert set(scope["steps"].divergence) == {"gradient", "preconditioned"}
+    assert len(capsys.readouterr().out.splitlines()) == 6
+
+
 def test_the_table_of_the_readme() -> None:
     model = nn.Sequential(nn.Linear(20, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 2, bias=False))
     optimizer = BNPreconditioner(torch.optim.SGD(model.parameters(), lr=0.1), model)
@@ -70,6 +108,22 @@ def test_the_table_of_the_readme() -> None:
     mine = [[cell.split() for cell in line.split("  ") if cell] for line in str(optimizer.coverage()).splitlines()]
     assert lines[0] == mine[0]
     assert lines[2:] == mine[2:]
+
+
+def test_construction_page() -> None:
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    scope: dict[str, Any] = {}
+    for code in blocks("docs/construction.md"):
+        exec(code, scope)
+    assert same_groups(scope["by_hand"], scope["optimizer"])
+    assert [len(group["params"]) for group in scope["optimizer"].param_groups] == [2, 4]
+
+
+def same_groups(a: Any, b: Any) -> bool:
+    return [(g["lr"], g["weight_decay"], [id(p) for p in g["params"]]) for g in a.param_groups] == [
+        (g["lr"], g["weight_decay"], [id(p) for p in g["params"]]) for g in b.param_groups
+    ]
 
 
 @pytest.fixture

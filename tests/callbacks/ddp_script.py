@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bnp_optim.curvature import coordinates_of, estimate_conditioning
-from tests.callbacks.runs import Busy, Plain, Recorder, Split, data, fit, left_behind, monitors
+from tests.callbacks.runs import OURS, Busy, Plain, Recorder, Split, data, fit, left_behind, monitors
 from tests.conftest import same
 
 
@@ -31,7 +31,7 @@ def main(folder: Path, optimizer: str) -> None:
     found["steps"] = [[step for step, _ in c.history] for c in callbacks]
     timeless = [[{k: x for k, x in row.items() if "seconds" not in k} for _, row in c.history] for c in callbacks]
     found["histories"] = timeless
-    found["rows"] = len(run.logger.of("hessian/", "learning_rate/", "layers/"))
+    found["rows"] = len(run.logger.of(*OURS))
 
     # without noise, on all the data that both ranks have seen in the last step
     callbacks = [*monitors(every_n_train_steps=4)[:1], Split(every_n_train_steps=4, num_steps=10)]

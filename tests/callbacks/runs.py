@@ -16,13 +16,15 @@ from bnp_optim import BNPreconditioner
 
 pl = pytest.importorskip("pytorch_lightning", reason="pytorch-lightning is not installed")
 from lightning_callbacks import (  # noqa: E402
+    ActivationMonitor,
     HessianConditionMonitor,
     LayerConditionMonitor,
     MaxLearningRateMonitor,
+    StepDivergenceProbe,
 )
 
 BATCHES, BATCH = 8, 8
-OURS = ("hessian/", "learning_rate/", "layers/")
+OURS = ("hessian/", "learning_rate/", "layers/", "activations/", "step/")
 OPTIMIZERS: dict[str, Any] = {
     "SGD": lambda m: torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9),
     "AdamW": lambda m: torch.optim.AdamW(m.parameters(), lr=0.01),
@@ -144,6 +146,8 @@ def monitors(**schedule: Any) -> list[Any]:
         HessianConditionMonitor(num_steps=4, num_probes=2, **schedule),
         Split(num_steps=4, **schedule),
         LayerConditionMonitor(**schedule),
+        ActivationMonitor(**schedule),
+        StepDivergenceProbe(step_sizes=[0.01, 0.1, 1.0], **schedule),
     ]
 
 

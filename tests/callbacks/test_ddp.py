@@ -57,13 +57,13 @@ def test_two_processes(optimizer: str, tmp_path: Path) -> None:
     ranks = [json.loads(out.strip().split("\n")[-1]) for out, _ in outputs]
     for rank in ranks:
         assert rank["different"] == []
-        assert rank["steps"] == [[2, 4]] * 3
+        assert rank["steps"] == [[2, 4]] * 5
         assert rank["histories"] == ranks[0]["histories"]
         for mine, expected in rank["together"]:
             assert mine == pytest.approx(expected, rel=1e-4)
         assert rank["samples"] == [16, 16]
         assert rank["half"] == [4, 0]
-    assert ranks[0]["rows"] == 6 and ranks[1]["rows"] == 0
+    assert ranks[0]["rows"] == 10 and ranks[1]["rows"] == 0
     (said,) = ranks[0]["said"]
     assert "another rank could not evaluate its batch" in said
     assert ranks[1]["said"] == []

@@ -27,9 +27,11 @@ from tests.callbacks.runs import (
 from tests.conftest import same
 
 from lightning_callbacks import (  # isort: skip
+    ActivationMonitor,
     HessianConditionMonitor,
     LayerConditionMonitor,
     MaxLearningRateMonitor,
+    StepDivergenceProbe,
 )
 
 Misconfiguration = pytest.importorskip("lightning_fabric.utilities.exceptions").MisconfigurationException
@@ -42,7 +44,16 @@ def hessian(**options: Any) -> HessianConditionMonitor:
 # ---- arguments -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("monitor", [HessianConditionMonitor, MaxLearningRateMonitor, LayerConditionMonitor])
+@pytest.mark.parametrize(
+    "monitor",
+    [
+        HessianConditionMonitor,
+        MaxLearningRateMonitor,
+        LayerConditionMonitor,
+        ActivationMonitor,
+        StepDivergenceProbe,
+    ],
+)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -69,11 +80,30 @@ def test_wrong_schedules(monitor: Any, options: dict[str, Any], message: str) ->
         (MaxLearningRateMonitor, {"warn_after": 0}, "warn_after is 0"),
         (LayerConditionMonitor, {"share": 0.0}, r"share is 0\.0"),
         (LayerConditionMonitor, {"epsilon": -1.0}, r"epsilon is -1\.0"),
+        (StepDivergenceProbe, {"step_sizes": []}, "step_sizes is empty"),
+        (StepDivergenceProbe, {"step_sizes": [0.1, -1.0]}, r"step_sizes\[1\] is -1\.0, it must be a positive"),
+        (StepDivergenceProbe, {"threshold": 1.0}, r"threshold is 1\.0, it must be above 1"),
     ],
 )
 def test_wrong_options(monitor: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(Misconfiguration, match=message):
         monitor(every_n_epochs=1, **options)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (["net.7"], "layers has 'net.7', which fits no module of the model: it has 'net', 'net.0', 'net.1', 'net.2'"),
+        ([nn.ReLU], "ReLU'>, which fits no module"),
+        ([3], "layers has 3, it must be a name"),
+        ("net.0", "layers is 'net.0', it must be a sequence"),
+        ([], "layers is empty"),
+    ],
+)
+def test_modules_that_are_not_there(layers: Any, message: str, tmp_path: Path) -> None:
+    """Before the first step, not as a warning after it."""
+    with pytest.raises(Misconfiguration, match=f"ActivationMonitor: .*{message}"):
+        fit(tmp_path, Plain(), [ActivationMonitor(layers=layers, every_n_epochs=1)])
 
 
 def test_no_logger(tmp_path: Path) -> None:
@@ -132,11 +162,19 @@ def test_csv_and_several_loggers(tmp_path: Path) -> None:
     fit(tmp_path, Plain(), monitors(every_n_train_steps=6), logger=logs, log_every_n_steps=5)
     with (Path(logs[0].log_dir) / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    for key in ("hessian/kappa_mean", "learning_rate/max", "layers/net.0/kappa"):
+    for key in (
+        "hessian/kappa_mean",
+        "learning_rate/max",
+        "layers/net.0/kappa",
+        "activations/net.0/mean_to_std",
+        "step/gradient/relative_loss/0.1",
+    ):
         found = [(int(row["step"]), float(row[key])) for row in rows if row.get(key)]
         assert found == [(step, row[key]) for step, row in recorder.rows if key in row]
         assert [step for step, _ in found] == [6, 12]
-    assert recorder.experiment.drawn == [("spectrum", 6), ("spectrum", 12)]
+    assert recorder.experiment.drawn == [
+        (figure, step) for step in (6, 12) for figure in ("spectrum", "activations", "relative_loss")
+    ]
 
 
 def test_tensorboard(tmp_path: Path) -> None:
@@ -248,7 +286,7 @@ def test_reentrant_checkpoints(tmp_path: Path) -> None:
 
     plain, module = Checkpointed("BNP-SGD"), Checkpointed("BNP-SGD")
     expected = left_behind(fit(tmp_path, plain), plain)
-    hessian, _, layers = monitors()
+    hessian, _, layers, *_ = monitors()
     with pytest.warns(UserWarning, match="could not estimate") as found:
         after = left_behind(fit(tmp_path, module, [hessian, layers]), module)
     assert same(after, expected)

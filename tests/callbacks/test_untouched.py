@@ -13,6 +13,8 @@ from bnp_optim import BNPreconditioner
 from tests.callbacks.runs import BATCHES, Busy, Plain, fit, left_behind, monitors, pl, seeded
 from tests.conftest import same
 
+from lightning_callbacks import StepDivergenceProbe  # isort: skip
+
 
 def assert_untouched(folder: Path, make: Any, callbacks: Any = None, **options: Any) -> list[Any]:
     """Returns the monitors, each of which has seen something."""
@@ -120,10 +122,18 @@ class Gan(pl.LightningModule):  # type: ignore[misc, name-defined]
         generator.step()
 
 
+class Positive(StepDivergenceProbe):
+    """Of a loss that may be negative, to which a relative one means nothing."""
+
+    def loss(self, pl_module: Any, batch: Any, batch_idx: int) -> Tensor:
+        return super().loss(pl_module, batch, batch_idx) + 10
+
+
 @pytest.mark.parametrize(("toggle", "wrap"), [(False, True), (True, False)])
 def test_manual_optimization_of_two_networks(toggle: bool, wrap: bool, tmp_path: Path) -> None:
-    hessian, layers = monitors(every_n_train_steps=6)[::2]
-    assert_untouched(tmp_path, lambda: Gan(toggle, wrap), [hessian, layers])
+    hessian, _, layers, activations, _ = monitors(every_n_train_steps=6)
+    steps = Positive(every_n_train_steps=6)
+    assert_untouched(tmp_path, lambda: Gan(toggle, wrap), [hessian, layers, activations, steps])
     name = "BNPreconditioner" if wrap else "SGD"
     keys = {key for key in hessian.history[0][1] if "kappa_mean" in key and "error" not in key}
     both = {"hessian/kappa_mean/AdamW", f"hessian/kappa_mean/{name}"}
@@ -132,6 +142,12 @@ def test_manual_optimization_of_two_networks(toggle: bool, wrap: bool, tmp_path:
     assert [step for step, _ in hessian.history] == [6, 12, 18, 24, 30]
     seen = {key.split("/")[1] for key in layers.history[0][1]}
     assert seen == {"generator.0", "generator.2", "judge.0", "judge.3"}
+    assert {key.split("/")[1] for key in activations.history[0][1] if key.count("/") == 2} >= seen
+    assert {f"activations/median_kurtosis/{x}" for x in ("AdamW", name)} <= set(activations.history[0][1])
+    along = {key.split("/")[1] + "/" + key.split("/")[-1] for key in steps.history[0][1] if "best_step_size" in key}
+    # AdamW's with its diagonal, BNP's with P; plain SGD has the gradient alone
+    both = {"gradient/AdamW", "preconditioned/AdamW", f"gradient/{name}"}
+    assert along == (both | {f"preconditioned/{name}"} if wrap else both)
 
 
 def test_a_second_optimizer_of_the_same_class_gets_a_number(tmp_path: Path) -> None:

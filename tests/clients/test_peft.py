@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bnp_optim import BNPreconditioner
-from tests.conftest import inputs, mlp
+from tests.conftest import inputs, mlp, same, weights
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 
@@ -47,6 +47,13 @@ MODELS: dict[str, Any] = {
 }
 # peft's own code, on a newer transformers
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def steps(model: nn.Module, optimizer: Any, data: list[Tensor]) -> None:
+    for x in data:
+        optimizer.zero_grad()
+        model(x).float().square().mean().backward()
+        optimizer.step()
 
 
 @pytest.mark.parametrize("owner", ["trainable", "all"])
@@ -112,3 +119,67 @@ def test_merge_and_unload() -> None:
     assert isinstance(merged[0], nn.Linear) and not merged[0]._forward_hooks
     assert not torch.equal(merged[0].weight, plain[0].weight)
     torch.testing.assert_close(merged(data[0]), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_resume_of_adapters_and_optimizer_is_bitwise(base: str) -> None:
+    """From what peft saves, which is the adapters alone."""
+
+    def start() -> Any:
+        model = lora(mlp(), ["0", "2"])
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        return model, BNPreconditioner(BASES[base](parameters), model)
+
+    model, optimizer = start()
+    steps(model, optimizer, inputs(4))
+    saved = copy.deepcopy((peft.get_peft_model_state_dict(model), optimizer.state_dict()))
+    steps(model, optimizer, inputs(4, seed=2))
+    other, resumed = start()
+    peft.set_peft_model_state_dict(other, saved[0])
+    resumed.load_state_dict(saved[1])
+    steps(other, resumed, inputs(4, seed=2))
+    assert same(weights(other), weights(model))
+    assert same(resumed.state_dict(), optimizer.state_dict())
+
+
+def test_each_adapter_has_its_own_statistics_and_a_disabled_one_measures_nothing() -> None:
+    model = lora(mlp(), ["0"])
+    model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["0"]))
+    model.set_adapter("second")  # freezes the first
+    parameters = [p for name, p in model.named_parameters() if "lora_" in name]
+    optimizer = BNPreconditioner(torch.optim.SGD(parameters, lr=0.05), model)
+    data = inputs(3)
+    steps(model, optimizer, data[:2])
+    model.set_adapter("default")
+    steps(model, optimizer, data[2:])
+    with model.disable_adapter():
+        model(data[0])
+    found = {name.split("lora_A.")[1]: s for name, s in optimizer.statistics.items() if "lora_A" in name}
+    assert [int(found[name].count) for name in ("second", "default")] == [16, 8]
+    torch.testing.assert_close(found["default"].mean, data[2].mean(0))
+
+
+def test_dora_counts_each_sample_once() -> None:
+    """Its norm comes from a pass of the identity through the adapters, without a gradient: that is no sample."""
+    model = lora(mlp(), ["0"], use_dora=True)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = BNPreconditioner(torch.optim.AdamW(parameters, lr=0.01), model)
+    (x,) = inputs(1)
+    steps(model, optimizer, [x])
+    found = {name.split(".")[-2]: s for name, s in optimizer.statistics.items()}
+    assert {int(s.count) for s in found.values()} == {8} and len(found) == 2
+    torch.testing.assert_close(found["lora_A"].mean, x.mean(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_adapters_of_a_half_precision_base(dtype: torch.dtype) -> None:
+    """peft keeps the adapters in float32 and casts their input."""
+    model = lora(mlp().to(dtype), ["0", "2"])
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    assert {p.dtype for p in parameters} == {torch.float32}
+    optimizer = BNPreconditioner(torch.optim.AdamW(parameters, lr=0.01), model)
+    x = inputs(1)[0].to(dtype)
+    steps(model, optimizer, [x])
+    first = next(s for name, s in optimizer.statistics.items() if name.endswith("0.lora_A.default"))
+    assert first.mean.dtype == torch.float32 and int(first.count) == 8
+    torch.testing.assert_close(first.mean, x.float().mean(0), rtol=1e-6, atol=1e-7)
