@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from bnp_optim.blocks import local
 from bnp_optim.discovery import Layer
+from bnp_optim.sharding.blocks import local
 from bnp_optim.tracking import Tracker
 
 __all__ = ["FORMAT_VERSION", "Loaded", "is_rehearsal", "merge", "split"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from bnp_optim.discovery import Layer, clean_name
-from bnp_optim.fsdp import managed_parameters
+from bnp_optim.sharding.fsdp import managed_parameters
 from bnp_optim.tracking import Tracker
 
 __all__ = ["Coverage", "CoverageRow", "coverage_of"]

@@ -12,10 +12,10 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from bnp_optim.blocks import Block, is_dtensor
-from bnp_optim.fsdp import Managed, managed_parameters
 from bnp_optim.layers import LayerAdapter, Match, ModuleAdapter, Part, Rows, adapter_for, checked_parts
-from bnp_optim.layouts import block_of
+from bnp_optim.sharding.blocks import Block, is_dtensor
+from bnp_optim.sharding.fsdp import Managed, managed_parameters
+from bnp_optim.sharding.layouts import block_of
 
 __all__ = ["Findings", "Layer", "ShardedLayer", "SkipRule", "Use", "clean_name", "find_layers", "matches"]
 

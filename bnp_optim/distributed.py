@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from bnp_optim.exchange import CHANGED, FAILED, WELL, Batches, Exchange, Shared, Shelves
-from bnp_optim.meshes import NOT_SHARDED, sharing_group
+from bnp_optim.sharding.meshes import NOT_SHARDED, sharing_group
 
 __all__ = ["Ranks", "Synchronization", "checked_group", "group_for"]
 

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from bnp_optim.fsdp import Managed
 from bnp_optim.layers import Rows
 from bnp_optim.moments import Moments, merge_moments
+from bnp_optim.sharding.fsdp import Managed
 from bnp_optim.spectral import Projection
 
 __all__ = ["Arrival", "Gate", "Intake"]

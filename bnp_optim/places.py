@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from bnp_optim.bank import StatisticsBank
-from bnp_optim.blocks import local_grad
 from bnp_optim.discovery import Layer, ShardedLayer
 from bnp_optim.intake import Intake
 from bnp_optim.moments import Moments, statistics_dtype
+from bnp_optim.sharding.blocks import local_grad
 from bnp_optim.spectral import Projection, power_step
 
 __all__ = ["Home", "LiveLayer", "Place", "dense_grad", "home_of", "live_shards", "statistics_home"]

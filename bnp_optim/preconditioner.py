@@ -25,11 +25,11 @@ from bnp_optim.checks import (
     check_options,
     checked_skip,
 )
-from bnp_optim.columns import over_columns
 from bnp_optim.coverage import Coverage, coverage_of
 from bnp_optim.discovery import SkipRule
 from bnp_optim.distributed import Ranks, Synchronization, checked_group
-from bnp_optim.shard_checks import check_copies
+from bnp_optim.sharding.checks import check_copies
+from bnp_optim.sharding.columns import over_columns
 from bnp_optim.statistics import LayerStatistics, StatisticsOptions
 from bnp_optim.tracking import Tracker
 from bnp_optim.transform import precondition

@@ -14,12 +14,12 @@ from bnp_optim.bank import StatisticsBank
 from bnp_optim.capture import ForwardTap, LazyTap, Tapped, drop_inert_taps
 from bnp_optim.discovery import Findings, Layer, ShardedLayer, SkipRule, Use, find_layers
 from bnp_optim.exchange import Batches, Shared
-from bnp_optim.fsdp import reshard
 from bnp_optim.intake import Gate, Intake
 from bnp_optim.layers import ModuleAdapter
-from bnp_optim.localized import LocalInputs, widened
 from bnp_optim.places import Home, LiveLayer, Place, dense_grad, home_of, live_shards, statistics_home
-from bnp_optim.shard_checks import check_not_sharded_since, check_whole_inputs
+from bnp_optim.sharding.checks import check_not_sharded_since, check_whole_inputs
+from bnp_optim.sharding.fsdp import reshard
+from bnp_optim.sharding.localized import LocalInputs, widened
 from bnp_optim.spectral import initial_direction
 from bnp_optim.statistics import LayerStatistics, StatisticsOptions, shelves
 from bnp_optim.transform import Factors

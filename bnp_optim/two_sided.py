@@ -17,9 +17,9 @@ from torch.optim import Optimizer
 
 from bnp_optim.application import Task, add_on_rows, apply_to_all, gradient_task
 from bnp_optim.bases import BaseTraits, leaves_of, traits_of
-from bnp_optim.blocks import ColumnFactors, local
-from bnp_optim.columns import over_columns
 from bnp_optim.places import LiveLayer
+from bnp_optim.sharding.blocks import ColumnFactors, local
+from bnp_optim.sharding.columns import over_columns
 from bnp_optim.transform import Factors, from_z, to_z
 
 __all__ = ["ZCoordinates"]

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from bnp_optim.blocks import is_dtensor
-from bnp_optim.fsdp import data_parallel_meshes
+from bnp_optim.sharding.blocks import is_dtensor
+from bnp_optim.sharding.fsdp import data_parallel_meshes
 
 __all__ = ["NOT_SHARDED", "sharing_group"]
 

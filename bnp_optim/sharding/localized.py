@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnp_optim.blocks import is_dtensor
-from bnp_optim.columns import sum_over
 from bnp_optim.layers import ModuleAdapter, Part, Rows, Samples
 from bnp_optim.moments import Moments
 from bnp_optim.places import Place
+from bnp_optim.sharding.blocks import is_dtensor
+from bnp_optim.sharding.columns import sum_over
 
 __all__ = ["LocalInputs", "widened"]
 

@@ -6,9 +6,9 @@ from collections.abc import Collection, Iterable
 
 from torch import nn
 
-from bnp_optim.blocks import is_dtensor
 from bnp_optim.discovery import Layer
-from bnp_optim.fsdp import managed_parameters
+from bnp_optim.sharding.blocks import is_dtensor
+from bnp_optim.sharding.fsdp import managed_parameters
 
 __all__ = ["check_copies", "check_not_sharded_since", "check_whole_inputs"]
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from bnp_optim.application import Task, Transform
-from bnp_optim.blocks import ColumnFactors, Interval
 from bnp_optim.layers import ModuleAdapter, Rows
+from bnp_optim.sharding.blocks import ColumnFactors, Interval
 from bnp_optim.transform import from_z, norm2, precondition, safe, to_z
 
 __all__ = ["over_columns", "sum_over"]

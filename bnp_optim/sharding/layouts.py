@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from bnp_optim.blocks import Block, Interval, is_dtensor, local
 from bnp_optim.layers import ModuleAdapter, Rows
+from bnp_optim.sharding.blocks import Block, Interval, is_dtensor, local
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
