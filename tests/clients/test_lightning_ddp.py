@@ -2,64 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.clients.lightning_runs import BATCH, BATCHES, loop, wrapped
 from tests.conftest import inputs, mlp
+from tests.launching import answers, on_linux
 
-ROOT = Path(__file__).parent.parent.parent
 EPOCHS = 2
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-def on_two_ranks(*arguments: str) -> list[dict[str, Any]]:
-    shared = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "TORCHELASTIC_RUN_ID": "test",
-        "GROUP_RANK": "0",
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.clients.ddp_script", *arguments],
-            cwd=ROOT,
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [p.communicate(timeout=100) for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-    assert [p.returncode for p in processes] == [0, 0], outputs
-    return [json.loads(out.strip().split("\n")[-1]) for out, _ in outputs]
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="gloo on one machine was tried on Linux only")
+@on_linux
 @pytest.mark.parametrize("base", ["SGD", pytest.param("AdamW", marks=pytest.mark.slow)])
 def test_two_ranks_are_one_process_on_the_joined_batches(base: str, tmp_path: Path) -> None:
-    ranks = on_two_ranks(base, str(tmp_path))
+    ranks = answers("clients.ddp_script", base, str(tmp_path))
     net = mlp()
     optimizer = wrapped(net, base)
     loop(net, optimizer, inputs(BATCHES) * EPOCHS)

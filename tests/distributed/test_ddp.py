@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.launching import answers, on_linux
+from tests.launching import answers, on_linux
 
 pytestmark = [on_linux, pytest.mark.timeout(300)]
 FEW = ("equal_with_four", "ranks_without_samples", "layers_used_by_some_ranks", "other_layers")
@@ -15,7 +15,7 @@ FEW = ("equal_with_four", "ranks_without_samples", "layers_used_by_some_ranks", 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def ranks(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """What each rank found."""
-    return answers("ddp_script", ranks=request.param, limit=280)
+    return answers("distributed.ddp_script", ranks=request.param, limit=280)
 
 
 def found(ranks: list[dict[str, Any]], check: str) -> list[Any]:
@@ -175,7 +175,7 @@ def test_which_group(ranks: list[dict[str, Any]]) -> None:
 
 def test_four_processes() -> None:
     """A few of the above."""
-    few = answers("ddp_script", *FEW, ranks=4)
+    few = answers("distributed.ddp_script", *FEW, ranks=4)
     for rank in found(few, "equal_with_four"):
         assert rank["same"] and rank["same_statistics"] and rank["from_joined"] < 1e-6
     test_ranks_without_samples(few)

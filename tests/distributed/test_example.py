@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.distributed.launching import ROOT, on_linux
+from tests.launching import ROOT, on_linux
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 

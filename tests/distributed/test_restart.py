@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.launching import answers, on_linux
 from tests.distributed.restart_script import OPTIONS, continuations
+from tests.launching import answers, on_linux
 
 pytestmark = [on_linux, pytest.mark.timeout(300)]
 
@@ -21,14 +21,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(folder: Path) -> dict[str, Any]:
     """Two ranks train without a break, and save on the way."""
-    ranks = answers("restart_script", "whole", str(folder))
+    ranks = answers("distributed.restart_script", "whole", str(folder))
     assert ranks[0] == ranks[1]
     return ranks[0]
 
 
 def test_a_rank_dies_and_all_start_again(whole: dict[str, Any], folder: Path) -> None:
     """A restart from either kind of checkpoint goes on bitwise; whoever loses a rank ends with an error, at once."""
-    survivor, dead = answers("restart_script", "continue and die", str(folder))
+    survivor, dead = answers("distributed.restart_script", "continue and die", str(folder))
     for kind in OPTIONS:
         for how in ("plain", "dcp"):
             assert survivor[f"{kind}, {how}"] == dead[f"{kind}, {how}"] == whole[kind]
@@ -49,6 +49,6 @@ def test_one_process_goes_on(whole: dict[str, Any], folder: Path) -> None:
 
 @pytest.mark.slow
 def test_four_processes_go_on(whole: dict[str, Any], folder: Path) -> None:
-    ranks = answers("restart_script", "continue", str(folder), ranks=4)
+    ranks = answers("distributed.restart_script", "continue", str(folder), ranks=4)
     assert all(rank == ranks[0] for rank in ranks)
     assert_goes_on(ranks[0], whole)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.launching import on_linux
+from tests.launching import on_linux
 
 pytest.importorskip("matplotlib", reason="the benchmark draws with it")
 

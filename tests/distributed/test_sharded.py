@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.launching import answers, on_linux
+from tests.launching import answers, on_linux
 
 pytest.importorskip("torch.distributed.fsdp", reason="needs torch.distributed")
 pytestmark = [on_linux, pytest.mark.timeout(300)]
@@ -44,7 +44,7 @@ def two(folder: Path) -> list[dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CHECKPOINTS", str(folder))
         verify = ("verify_state_dict",) if importlib.util.find_spec("expecttest") else ()
-        return answers("sharded_script", *TWO, *verify, limit=280)
+        return answers("distributed.sharded_script", *TWO, *verify, limit=280)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def four() -> list[dict[str, Any]]:
     """What each of four ranks found."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STEPS", "5")
-        return answers("sharded_script", "two_dimensions", ranks=4, limit=280)
+        return answers("distributed.sharded_script", "two_dimensions", ranks=4, limit=280)
 
 
 def found(ranks: list[dict[str, Any]], check: str) -> list[Any]:
@@ -138,7 +138,7 @@ def test_layouts_without_blocks_pass_through(two: list[dict[str, Any]]) -> None:
 @pytest.mark.slow
 def test_gpt2_of_transformers() -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
-    for difference, here, alone in found(answers("sharded_script", "gpt2"), "gpt2"):
+    for difference, here, alone in found(answers("distributed.sharded_script", "gpt2"), "gpt2"):
         assert difference < 1e-9 and here == alone == 16
 
 
@@ -175,7 +175,7 @@ def test_a_checkpoint_of_two_loaded_by_four(
 ) -> None:
     found(two, "checkpoints")
     monkeypatch.setenv("CHECKPOINTS", str(folder))
-    for rank in found(answers("sharded_script", "checkpoint_of_two", ranks=4), "checkpoint_of_two"):
+    for rank in found(answers("distributed.sharded_script", "checkpoint_of_two", ranks=4), "checkpoint_of_two"):
         assert all(difference < EXACT for difference in rank.values())
 
 
@@ -205,11 +205,11 @@ def test_two_dimensional_meshes(four: list[dict[str, Any]]) -> None:
 
 @pytest.mark.slow
 def test_two_dimensional_meshes_for_50_steps() -> None:
-    ranks = found(answers("sharded_script", "two_dimensions", ranks=4, limit=280), "two_dimensions")
+    ranks = found(answers("distributed.sharded_script", "two_dimensions", ranks=4, limit=280), "two_dimensions")
     equal_to_plain([{k: v for k, v in rank.items() if isinstance(v, dict)} for rank in ranks])
 
 
 @pytest.mark.slow
 def test_fsdp_on_four_processes() -> None:
     """Ranks without rows, and more of them than some layers have."""
-    equal_to_plain(found(answers("sharded_script", "fsdp", "other_layers", ranks=4, limit=280), "fsdp"))
+    equal_to_plain(found(answers("distributed.sharded_script", "fsdp", "other_layers", ranks=4, limit=280), "fsdp"))

@@ -1,4 +1,4 @@
-"""Start a module of this folder on several processes, under a time limit, and read what each prints last."""
+"""Start a module of the tests on several processes, under a time limit, and read what each prints last."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent
 on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="gloo was tried on Linux only")
 
 
@@ -22,7 +22,9 @@ def launch(module: str, *args: str, ranks: int = 2, limit: float = 150) -> list[
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", f"tests.distributed.{module}", *args]
+    # by these Lightning knows that it need not start processes itself
+    shared |= {"LOCAL_WORLD_SIZE": str(ranks), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
+    command = [sys.executable, "-m", f"tests.{module}", *args]
     processes = [
         subprocess.Popen(
             command,
