@@ -63,10 +63,3 @@ def dense_fisher(model: nn.Module, x: Tensor) -> Tensor:
     ]
     j = torch.stack(rows)
     return j.T @ j / len(x)
-
-
-class Centering(nn.Module):
-    """Takes each output's batch mean out."""
-
-    def forward(self, y: Tensor) -> Tensor:
-        return y - y.mean(0)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from bnp_optim.nn import OutputCentering
 from bnp_optim.theory import (
     FisherKernel,
     fisher_lambda_max,
@@ -16,7 +17,7 @@ from bnp_optim.theory import (
     mean_field_fisher_from_model,
     product_spectrum_edge,
 )
-from tests.theory.nets import Centering, batch_norm, gaussian_, inputs, mlp
+from tests.theory.nets import batch_norm, gaussian_, inputs, mlp
 
 KARAKIDA: dict[str, tuple[type[nn.Module], float, float]] = {"tanh": (nn.Tanh, 3.0, 0.64), "relu": (nn.ReLU, 2.0, 0.1)}
 
@@ -32,7 +33,7 @@ def measured(name: str, m: int, t: int, seed: int, *, centered: bool = False) ->
     activation, w, b = KARAKIDA[name]
     net = mlp([m, m, m, 2], activation, w, b, seed)
     if centered:
-        net.append(Centering())
+        net.append(OutputCentering(2))
     return fisher_lambda_max(net, inputs(t, m, seed=seed), tolerance=1e-3)
 
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from bnp_optim import BNPreconditioner
 from bnp_optim.curvature import GaussNewtonOperator, PreconditionedOperator, lanczos
+from bnp_optim.nn import OutputCentering
 from bnp_optim.theory import FisherKernel, fisher_lambda_max
 from tests.conftest import same, weights
-from tests.theory.nets import Centering, dense_fisher, inputs, mlp
+from tests.theory.nets import dense_fisher, inputs, mlp
 
 
 def small(kind: str) -> nn.Sequential:
@@ -65,7 +66,9 @@ def test_batch_norm_in_training_is_not_that_in_evaluation() -> None:
 def test_centered_output_is_the_module() -> None:
     net, x = small("plain"), data("plain")
     option = fisher_lambda_max(net, x, centered_output=True, tolerance=1e-10)
-    assert option == pytest.approx(fisher_lambda_max(net.append(Centering()), x, tolerance=1e-10), rel=1e-10)
+    assert option == pytest.approx(
+        fisher_lambda_max(net.append(OutputCentering(3).double()), x, tolerance=1e-10), rel=1e-10
+    )
     assert option == pytest.approx(float(torch.linalg.eigvalsh(dense_fisher(net, x))[-1]), rel=1e-8)
 
 

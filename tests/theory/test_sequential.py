@@ -6,15 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from bnp_optim.nn import OutputCentering
 from bnp_optim.theory import mean_field_fisher, mean_field_fisher_from_model
 from tests.theory.nets import gaussian_, inputs, mlp
-
-
-class OutputCentering(nn.Module):
-    def forward(self, y: Tensor) -> Tensor:
-        return y - y.mean(0)
 
 
 def test_a_large_random_net_reads_as_its_law() -> None:
@@ -46,7 +42,7 @@ def test_exactly_what_was_read() -> None:
     assert read.lambda_max == pytest.approx(told.lambda_max, rel=1e-4)  # BatchNorm's eps is read, too
     assert read.normalization == "batch"
     assert mean_field_fisher_from_model(net.eval(), num_samples=8).normalization == "batch_frozen"
-    assert mean_field_fisher_from_model(net.append(OutputCentering()), num_samples=8).centered_output
+    assert mean_field_fisher_from_model(net.append(OutputCentering(2)), num_samples=8).centered_output
     assert not mean_field_fisher_from_model(net.eval(), num_samples=8).centered_output
 
 
@@ -154,7 +150,7 @@ REFUSALS: list[tuple[list[nn.Module], Any, type[Exception], str]] = [
     ([nn.Conv2d(3, 4, 3), nn.Linear(6, 2)], IMAGES, ValueError, r"Linear on features of shape \(6, 6\): flatten"),
     ([nn.Conv2d(3, 4, 3), nn.AvgPool2d(3, 1)], IMAGES, ValueError, "windows that overlap"),
     ([nn.AvgPool1d(2)], None, ValueError, "averages positions, of which there are none here"),
-    ([OutputCentering(), nn.Linear(5, 2)], None, ValueError, "after OutputCentering, which must come last"),
+    ([OutputCentering(5), nn.Linear(5, 2)], None, ValueError, "after OutputCentering, which must come last"),
 ]
 
 
