@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from bnp_optim.bank import StatisticsBank
-from bnp_optim.capture import ForwardTap, LazyTap, Tapped, drop_inert_taps
-from bnp_optim.discovery import Findings, Layer, ShardedLayer, SkipRule, Use, find_layers
+from bnp_optim.discovery import Findings, Layer, ShardedLayer, SkipRule, find_layers
 from bnp_optim.exchange import Batches, Shared
+from bnp_optim.hooks import Hooks
 from bnp_optim.intake import Gate, Intake
-from bnp_optim.layers import ModuleAdapter
 from bnp_optim.places import Home, LiveLayer, Place, dense_grad, home_of, live_shards, statistics_home
 from bnp_optim.sharding.checks import check_not_sharded_since, check_whole_inputs
 from bnp_optim.sharding.fsdp import reshard
-from bnp_optim.sharding.localized import LocalInputs, widened
+from bnp_optim.sharding.localized import widened
 from bnp_optim.spectral import initial_direction
 from bnp_optim.statistics import LayerStatistics, StatisticsOptions, shelves
 from bnp_optim.transform import Factors
@@ -28,7 +25,7 @@ __all__ = ["Tracker"]
 
 
 class Tracker:
-    """Owns hooks and statistics; the hooks know only their intake and vanish with the tracker.
+    """Owns hooks and statistics.
 
     Args:
         owned: Ids of the optimizer's parameters.
@@ -52,9 +49,7 @@ class Tracker:
         self._skip = tuple(skip)
         self._squared = squared
         self._on_host = on_host
-        self._handles: list[RemovableHandle] = []
-        # the list is shared, not copied: whatever is attached later is detached too
-        weakref.finalize(self, _detach, self._handles).atexit = False
+        self._hooks = Hooks(self, self.gate, options.max_observations)
         self._places: dict[Layer, Place] = {}
         reshard(model)
         self._attach(owned, self._find(owned))
@@ -75,7 +70,6 @@ class Tracker:
         self.ready: set[Layer] = set()
         self._sharded = [x for x in self.layers if isinstance(x, ShardedLayer)]
         intakes = []
-        tapped: dict[nn.Module, tuple[ModuleAdapter, list[Tapped]]] = {}
         for i, layer in enumerate(self.layers):
             device, dtype = statistics_home(layer)
             intake = known.pop(layer.identity, None)  # with what waits in it
@@ -88,30 +82,17 @@ class Tracker:
             intakes.append(intake)
             if isinstance(layer, ShardedLayer):
                 intake.managed = layer.managed[0]
-            for use in layer.uses:
-                taps = tapped.setdefault(use.module, (_reader(layer, use), []))[1]
-                taps.append(Tapped(use.number, use.part, use.exact, intake))
-        for module, (adapter, taps) in tapped.items():
-            self._hook(module, ForwardTap(adapter, taps, self.gate, self.options.max_observations))
-        me = weakref.ref(self)
-        for module in findings.lazy:
-            self._hook(module, LazyTap(me))
+        self._hooks.attach(zip(self.layers, intakes, strict=True), findings.lazy)
         for intake in known.values():
             intake.stop()
         self._settle(intakes)
-
-    def _hook(self, module: nn.Module, tap: ForwardTap | LazyTap) -> None:
-        drop_inert_taps(module)
-        # NOTE: before the hooks of FSDP and tensor parallel, which take away the weight and cast or move the output
-        first = isinstance(tap, ForwardTap) and isinstance(tap.adapter, LocalInputs)
-        self._handles.append(module.register_forward_hook(tap, with_kwargs=True, prepend=first))
 
     def rescan(self, owned: Collection[int] | None = None) -> None:
         """Look for layers again; those that were known keep their statistics and their pending samples."""
         kept = [(layer, self.snapshot(layer)) for layer in self.layers if layer in self.ready]
         owned = self._owned if owned is None else owned
         findings = self._find(owned)  # may raise: then all stays as it is
-        _detach(self._handles)
+        self._hooks.detach()
         self._attach(owned, findings)
         for old, snapshot in kept:
             for new in self.layers:
@@ -121,7 +102,7 @@ class Tracker:
     def detach(self) -> None:
         """Remove every hook; the statistics stay as they are."""
         self.attached = False
-        _detach(self._handles)
+        self._hooks.detach()
         for place in self._places.values():
             place.intake.stop()
 
@@ -317,19 +298,8 @@ class Tracker:
             self.restore(layer, snapshot)
 
 
-def _reader(layer: Layer, use: Use) -> ModuleAdapter:
-    """How the inputs of a use are read: those of a sharded weight may be sharded, too."""
-    return use.adapter if layer.block is None else LocalInputs(use.adapter, bool(layer.block.input_groups))
-
-
 def _all(finite: Sequence[Any], device: torch.device) -> Any:
     """Whether every bank's samples are finite, on ``device`` where it is no plain bool."""
     if all(isinstance(x, bool) for x in finite):
         return all(finite)
     return torch.stack([x.to(device) for x in finite]).all()
-
-
-def _detach(handles: list[RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()
-    handles.clear()
