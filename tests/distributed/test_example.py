@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from tests.launching import ROOT, on_linux
 
@@ -40,6 +41,7 @@ def test_ddp_example() -> None:
 
 @on_linux
 @pytest.mark.timeout(200)
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6 has fully_shard on accelerators only")
 def test_fsdp2_example() -> None:
     *epochs, holds, same, exchange = run("fsdp2.py")
     assert float(epochs[-1].split()[-1]) > 0.85
