@@ -10,6 +10,7 @@ Nothing is left behind: ``torch.autograd.grad`` accumulates nowhere, and no grap
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -152,9 +153,12 @@ class CurvatureOperator(ABC):
 
     def _step(self, vectors: Sequence[Tensor]) -> float:
         """The factor ε of the vector that moves the parameters by 1 % of their length, or 0 for no direction."""
-        length = torch.stack([v.double().square().sum().cpu() for v in vectors]).sum().sqrt()
-        size = torch.stack([p.detach().double().square().sum().cpu() for p in self.params]).sum().sqrt()
-        return 0.0 if length == 0 else _STEP * float(size or 1.0) / float(length)
+        # NOTE: some devices (MPS) have no float64
+        length, size = (
+            math.hypot(*(float(torch.linalg.vector_norm(t.detach().cpu().double())) for t in tensors))
+            for tensors in (vectors, self.params)
+        )
+        return 0.0 if length == 0 else _STEP * (size or 1.0) / length
 
     @contextmanager
     def _moved(self, vectors: Sequence[Tensor], step: float, home: Sequence[Tensor]) -> Iterator[None]:
