@@ -156,6 +156,7 @@ def test_an_initial_state_in_a_tuple_or_a_list(container: Any) -> None:
         assert (optimizer.statistics[part].mean > 9 / 6 - 1).all()  # what is between steps is below 1
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6 has inputs read in every forward pass")
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_only_layers_below_the_last_are_run_again_and_once(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     again = []

@@ -62,8 +62,9 @@ def test_a_clipped_line_against_scipy() -> None:
     stats = pytest.importorskip("scipy.stats", reason="the oracle is scipy")
     low, high, q1, q2 = -0.3, 0.7, 2.0, 0.5
     found = gaussian_moments(as_activation(nn.Hardtanh(low, high)), q1, q2)
-    inside = stats.multivariate_normal(cov=[[q1, q2], [q2, q1]], abseps=1e-12, releps=1e-12, maxpts=10**6)
-    expected = inside.cdf([high, high], lower_limit=[low, low])
+    accuracy = {"abseps": 1e-12, "releps": 1e-12, "maxpts": 10**6}
+    normal = {"mean": [0.0, 0.0], "cov": [[q1, q2], [q2, q1]]}
+    expected = stats.multivariate_normal.cdf([high, high], **normal, **accuracy, lower_limit=[low, low])
     assert found.slope_cross == pytest.approx(expected, rel=1e-8)
     assert found.slope == pytest.approx(stats.norm.cdf(high / q1**0.5) - stats.norm.cdf(low / q1**0.5), rel=1e-12)
 
