@@ -23,6 +23,7 @@ def start(seconds: float = 60) -> tuple[int, int]:
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", ".*all_gather_into_tensor.*", FutureWarning)  # of torch's own calls
+    warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning)  # torch 2.6 in its own checkpoints
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=seconds))
     groups = [dist.new_group([i]) for i in range(dist.get_world_size())]
     alone = groups[dist.get_rank()]
