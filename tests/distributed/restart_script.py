@@ -58,7 +58,7 @@ def load(kind: str, folder: Path, how: str) -> tuple[nn.Module, BNPreconditioner
     else:
         states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process loads
+            warnings.filterwarnings("ignore", "torch.distributed is (disabled|unavailable)")  # one process loads
             dcp.load(states, checkpoint_id=folder / "dcp")
         set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
     return model, optimizer
