@@ -1,0 +1,196 @@
+"""The streaming tables and figure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from benchmarks.documents import compact, environment
+from benchmarks.evidence.contenders import CONTENDERS
+from benchmarks.evidence.progressive import OTHERS, OtherRun, StreamRun
+from benchmarks.evidence.runner import Cache
+from benchmarks.evidence.streaming_plan import INPUTS, chosen_rates, reporting_runs, tuning_runs
+from benchmarks.evidence.streams import load
+from benchmarks.report import dot, made_with, mean_and_error
+
+Chosen = Mapping[tuple[str, str, str], tuple[float, float]]
+COLORS = {
+    "SGD": ("#56B4E9", "--"), "BNP-SGD": ("#0072B2", "-"), "AdamW": ("#E69F00", "--"), "BNP-AdamW": ("#D55E00", "-"),
+    "ON + SGD": ("#999999", "--"), "ON + AdamW": ("#666666", ":"),
+}  # fmt: skip
+
+
+def write(
+    streams: Sequence[str], nets: Sequence[str], seeds: Sequence[int], cache: Cache, output: Path, *, quick: bool
+) -> str:
+    """Write JSON, Markdown and PNG; returns the Markdown."""
+    results: dict[Any, dict[str, Any]] = {**cache.found(tuning_runs(streams, nets))}
+    chosen = chosen_rates(results, streams, nets)
+    results |= cache.found(reporting_runs(chosen, seeds))
+    results |= cache.found([OtherRun(stream, name) for stream in streams for name in OTHERS])
+    document = {
+        "benchmark": "streaming",
+        "configuration": {
+            "model": "MLP 32-32, ReLU, torch's default initialization, one step per sample",
+            "samples": {name: len(load(name, "raw").x) for name in streams},
+            "seeds": {"tuning": 0, "reporting": list(seeds)},
+            "one_rate": {net: one for (net, _, _), (_, one) in chosen.items()},
+        },
+        "environment": environment(),
+        "cpu_seconds": round(sum(r["seconds"] for r in results.values()), 1),
+        "runs": [{"key": run.key, **run.describe(), "result": r} for run, r in results.items()],
+    }
+    stem = "streaming_quick" if quick else "streaming"
+    output.mkdir(parents=True, exist_ok=True)
+    text = markdown(streams, seeds, chosen, results, document)
+    (output / f"{stem}.json").write_text(compact(document) + "\n")
+    (output / f"{stem}.md").write_text(text)
+    if chosen:
+        figure(streams, seeds, chosen, results, output / f"{stem}.png")
+    return text
+
+
+def errors_of(
+    net: str, stream: str, inputs: str, rate: float, seeds: Sequence[int], results: Mapping[Any, Mapping[str, Any]]
+) -> list[float]:
+    """Progressive errors by reporting seed."""
+    runs = [StreamRun(stream, inputs, CONTENDERS[net], rate, s) for s in seeds]  # type: ignore[arg-type]
+    return [results[run]["error"] for run in runs if run in results]
+
+
+def markdown(
+    streams: Sequence[str],
+    seeds: Sequence[int],
+    chosen: Chosen,
+    results: Mapping[Any, Mapping[str, Any]],
+    document: Mapping[str, Any],
+) -> str:
+    """The tables, with how they were had."""
+    lines = [
+        "# Streams",
+        "",
+        "Predict, then learn, batch size 1. Progressive error: the share of wrong predictions over the whole stream; "
+        "on TrumpApproval the mean absolute error. Mean ± standard error over reporting seeds "
+        f"({', '.join(map(str, seeds))}; of the initial weights; the streams are what they are). Less is better. "
+        "Samples: " + ", ".join(f"{name} {n:,}" for name, n in document["configuration"]["samples"].items()) + ".",
+        "",
+        "## One rate for all streams",
+        "",
+        "The rate with the least mean of log(error / the net's least error there) over all streams and inputs, seed 0.",
+        "",
+        *_table(streams, seeds, chosen, results, which=1),
+        "",
+        "## A rate for each stream",
+        "",
+        "The best of the grid on seed 0, in brackets; *: at the edge of the grid.",
+        "",
+        *_table(streams, seeds, chosen, results, which=0),
+        "",
+        "## Whole curves",
+        "",
+        "Seed 0.",
+        "",
+        *_grids(streams, chosen, results),
+        "",
+        "BNP with all its defaults. ON: Online Normalization after every hidden layer. scaled: river's StandardScaler, "
+        "running. river's models with their defaults; the linear one sees scaled inputs always.",
+        "",
+        made_with(document["environment"], document["cpu_seconds"]),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _table(
+    streams: Sequence[str], seeds: Sequence[int], chosen: Chosen, results: Mapping[Any, Mapping[str, Any]], which: int
+) -> Iterable[str]:
+    nets = list(dict.fromkeys(net for net, _, _ in chosen))
+    head = [f"{net}, {chosen[net, streams[0], 'raw'][1]:g}" for net in nets] if which else nets
+    yield "| stream | inputs | " + " | ".join([*head, *(OTHERS if which else ())]) + " |"
+    yield "| --- | --- |" + " --- |" * (len(nets) + (len(OTHERS) if which else 0))
+    for stream in streams:
+        for inputs in INPUTS:
+            errors = {n: errors_of(n, stream, inputs, chosen[n, stream, inputs][which], seeds, results) for n in nets}
+            best = min((fmean(e) for e in errors.values() if e), default=0.0)
+            texts = []
+            for net, found in errors.items():
+                text = "not run"
+                if found:
+                    mean, error = mean_and_error(found)
+                    text = dot(mean) + (f" ± {dot(error)}" if len(found) > 1 else "")
+                    text = f"**{text}**" if mean == best else text
+                    text += "" if len(found) == len(seeds) else f", {len(found)} seeds"
+                    if not which:
+                        rate, rates = chosen[net, stream, inputs][0], CONTENDERS[net].rates
+                        text += f" ({rate:g}{'*' if rate in (rates[0], rates[-1]) else ''})"
+                texts.append(text)
+            for name in OTHERS if which else ():
+                other = results.get(OtherRun(stream, name))
+                seen = other is not None and (inputs == "raw") != (name == "scaler + linear model")
+                texts.append(dot(other["error"]) if seen and other is not None else "")
+            yield f"| {stream} | {inputs} | " + " | ".join(texts) + " |"
+
+
+def _grids(streams: Sequence[str], chosen: Chosen, results: Mapping[Any, Mapping[str, Any]]) -> Iterable[str]:
+    nets = list(dict.fromkeys(net for net, _, _ in chosen))
+    for kind in dict.fromkeys(CONTENDERS[net].rates for net in nets):
+        yield "| method | stream | inputs | " + " | ".join(f"{r:g}" for r in kind) + " |"
+        yield "| --- | --- | --- |" + " --- |" * len(kind)
+        for net in (n for n in nets if CONTENDERS[n].rates == kind):
+            for stream in streams:
+                for inputs in INPUTS:
+                    found = [results[StreamRun(stream, inputs, CONTENDERS[net], r, 0)] for r in kind]
+                    texts = [dot(r["error"]) + ("†" if r["diverged"] else "") for r in found]
+                    yield f"| {net} | {stream} | {inputs} | " + " | ".join(texts) + " |"
+        yield ""
+    yield "†: diverged; from there on it scores as a guess."
+
+
+def figure(
+    streams: Sequence[str], seeds: Sequence[int], chosen: Chosen, results: Mapping[Any, Mapping[str, Any]], path: Path
+) -> None:
+    """Progressive error against samples: a column per stream, raw above, scaled below, each net at its one rate."""
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    columns = min(4, len(streams))
+    rows = -(-len(streams) // columns) * 2
+    grid, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 2.5 * rows), squeeze=False)
+    for i, stream in enumerate(streams):
+        for j, inputs in enumerate(INPUTS):
+            ax = axes[2 * (i // columns) + j, i % columns]
+            n = len(load(stream, inputs).x)
+            for net in dict.fromkeys(net for net, _, _ in chosen):
+                rate = chosen[net, stream, inputs][1]
+                runs = [StreamRun(stream, inputs, CONTENDERS[net], rate, s) for s in seeds]
+                blocks = [results[run]["blocks"] for run in runs if run in results]
+                if blocks:
+                    mean = np.mean(blocks, axis=0)
+                    running = np.cumsum(mean) / np.arange(1, len(mean) + 1)
+                    color, line = COLORS[net]
+                    ax.plot(
+                        np.linspace(n / len(mean), n, len(mean)), running, line, color=color, label=f"{net}, {rate:g}"
+                    )
+            ax.set_title(f"{stream}, {inputs}", fontsize=9)
+            ax.grid(True, alpha=0.3)
+            if not load(stream, inputs).classes:
+                ax.set_yscale("log")
+    for ax in axes.flat:
+        if not ax.has_data():
+            ax.axis("off")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("error so far")
+    for ax in axes[-1]:
+        ax.set_xlabel("samples")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    grid.legend(handles, labels, loc="lower center", ncols=6, frameon=False)
+    grid.tight_layout(rect=(0, 0.035, 1, 1))
+    grid.savefig(path, dpi=100)
+    plt.close(grid)
