@@ -3,7 +3,7 @@
     python -m benchmarks.ablations --only step_scale --data-dir path/to/data
 
 Classification questions run every contender over its whole grid of learning rates, at a constant rate, on the tasks
-and batch sizes of benchmarks/evidence/questions.py; those about streams (stat_decay, floors, fold) predict and then
+and batch sizes of benchmarks/evidence/questions.py; those about streams (fold, stat_decay, floors) predict and then
 learn, sample by sample, as benchmarks.streaming does. Within a seed all share initial weights and order. Finished
 runs are kept under OUTPUT/.cache and skipped the next time.
 """
@@ -16,10 +16,11 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.data import DataMissingError
 from benchmarks.evidence.ablation_report import write
-from benchmarks.evidence.questions import QUESTIONS
+from benchmarks.evidence.questions import QUESTIONS, Question
 from benchmarks.evidence.runner import Cache, published, run_all
 
 
@@ -41,12 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     until = -math.inf if args.report else time.monotonic() + 60 * args.minutes
     for name in args.only:
         question = QUESTIONS[name]
-        runs = [
-            run
-            for run in question.runs(args.preset, tuple(args.seeds))
-            if (not args.tasks or run.task in args.tasks)
-            and (not args.batch_sizes or run.batch_size in args.batch_sizes)
-        ]
+        runs: list[Any] = list(question.runs(args.preset, tuple(args.seeds)))
+        if isinstance(question, Question):
+            runs = [r for r in runs if r.task in (args.tasks or [r.task])]
+            runs = [r for r in runs if r.batch_size in (args.batch_sizes or [r.batch_size])]
         try:
             run_all(runs, cache, args.data_dir, workers=args.workers, until=until, label=name)
         except DataMissingError as error:

@@ -23,31 +23,33 @@ from benchmarks.evidence.progressive import OTHERS, OtherRun
 from benchmarks.evidence.runner import Cache, published, run_all
 from benchmarks.evidence.streaming_plan import NETS, QUICK, SEEDS, chosen_rates, reporting_runs, tuning_runs
 from benchmarks.evidence.streaming_report import write
-from benchmarks.evidence.streams import STREAMS
+from benchmarks.evidence.streams import SAMPLES, SHORT
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser("python -m benchmarks.streaming", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="two streams, one reporting seed: under five minutes")
+    parser.add_argument("--preset", choices=("full", "short"), default="full", help="short: fewer samples of some")
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="for reporting (%(default)s)")
     parser.add_argument("--methods", nargs="+", choices=NETS, default=list(NETS), help="nets (all)")
     parser.add_argument("--workers", type=int, default=1, help="processes (%(default)s)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so many (no limit)")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="(%(default)s)")
     parser.add_argument("--report", action="store_true", help="run nothing: tables and figure of what is there")
     args = parser.parse_args(arguments)
-    streams = QUICK if args.quick else tuple(STREAMS)
+    streams = QUICK if args.quick else SHORT if args.preset == "short" else SAMPLES
     nets = [n for n in args.methods if not args.quick or n != "ON + AdamW"]
-    seeds = SEEDS[:1] if args.quick else SEEDS
+    seeds = SEEDS[:1] if args.quick else tuple(args.seeds)
     cache = Cache(args.output / ".cache" / "evidence", published(args.output))
     until = -math.inf if args.report else time.monotonic() + 60 * args.minutes
     try:
-        others = [OtherRun(stream, name) for stream in streams for name in OTHERS]
+        others = [OtherRun(stream, name, n) for stream, n in streams.items() for name in OTHERS]
         run_all(others, cache, Path(), until=until, label="river's models")
         options = {"workers": args.workers, "until": until}
         tuned = run_all(tuning_runs(streams, nets), cache, Path(), label="nets, tuning", **options)
         chosen = chosen_rates(tuned, streams, nets)
-        run_all(reporting_runs(chosen, seeds), cache, Path(), label="nets, reporting", **options)
+        run_all(reporting_runs(chosen, streams, seeds), cache, Path(), label="nets, reporting", **options)
     except KeyboardInterrupt:
         sys.exit("\nInterrupted. The same command goes on from the last finished run.")
     print(write(streams, nets, seeds, cache, args.output, quick=args.quick))

@@ -1,5 +1,6 @@
 """Normalization as preconditioning for PyTorch."""
 
+from bnp_optim.fold import fold_normalization
 from bnp_optim.layers import LayerAdapter, ModuleAdapter, Part, Rows, Samples, register_layer
 from bnp_optim.preconditioner import BNPreconditioner
 from bnp_optim.statistics import LayerStatistics
@@ -12,6 +13,7 @@ __all__ = [
     "Part",
     "Rows",
     "Samples",
+    "fold_normalization",
     "register_layer",
 ]
 __version__ = "0.1.0"

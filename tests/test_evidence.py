@@ -13,15 +13,17 @@ import torch
 pytest.importorskip("matplotlib", reason="the benchmarks draw")
 pytest.importorskip("tqdm", reason="the benchmarks show progress")
 
+from benchmarks import convergence
 from benchmarks.data import Split
-from benchmarks.evidence import contenders, engine
+from benchmarks.evidence import contenders, engine, times
 from benchmarks.evidence.contenders import CONTENDERS, bnp, fingerprint
 from benchmarks.evidence.engine import Run, train
-from benchmarks.evidence.plan import Scope, choose
+from benchmarks.evidence.plan import PRESETS, Preset, Scope, choose
 from benchmarks.evidence.report import markdown
 from benchmarks.evidence.runner import Cache, published, run_all
 from benchmarks.evidence.tables import cells_of, lifts, one_rates
 from benchmarks.evidence.tasks import TASKS, Task
+from benchmarks.evidence.times import keep_times, load_times, samples_to, step_times
 from benchmarks.workloads import mlp
 from bnp_optim import BNPreconditioner
 
@@ -204,3 +206,38 @@ def _preset() -> Any:
 def _document() -> dict[str, Any]:
     environment = {"cpu": "c", "cores": 1, "python": "3", "torch": "2", "numpy": "2", "date": "2026-01-01T00:00"}
     return {"environment": environment, "cpu_seconds": 1.0}
+
+
+def test_samples_to_an_accuracy_are_read_off_the_mean_curve() -> None:
+    curves = [[(10, 0.1), (20, 0.5), (40, 0.9)], [(10, 0.1), (20, 0.7), (40, 0.9)]]
+    assert samples_to(curves, 0.6) == pytest.approx(20)
+    assert samples_to(curves, 0.75) == pytest.approx(30)
+    assert samples_to(curves, 0.05) == pytest.approx(5)
+    assert samples_to(curves, 0.95) is None
+
+
+def test_step_times_are_kept_beside_those_of_before(tmp_path: Path) -> None:
+    chosen = [CONTENDERS["SGD"], CONTENDERS["BNP-SGD"]]
+    found = step_times(TOY, split(), chosen, 10, rounds=3)
+    assert 0 < found["SGD"] < found["BNP-SGD"]
+    keep_times(tmp_path / "times.json", 10, {"SGD": 1.0})
+    keep_times(tmp_path / "times.json", 10, {"BNP-SGD": 2.0})
+    keep_times(tmp_path / "times.json", 1, {"SGD": 3.0})
+    assert load_times(tmp_path / "times.json") == {10: {"SGD": 1.0, "BNP-SGD": 2.0}, 1: {"SGD": 3.0}}
+
+
+def test_the_whole_command_resumes_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    preset = Preset("toy", (Scope("toy", {10: 100}, ("SGD", "BNP-SGD"), seeds=(1, 2), whole_grid=False),))
+    monkeypatch.setitem(PRESETS, "full", preset)
+    monkeypatch.setitem(times.TARGETS, "toy", 0.5)
+    arguments = ["--data-dir", str(tmp_path), "--output", str(tmp_path), "--workers", "1"]
+    convergence.main([*arguments, "--schedules", "constant"])
+    files = set((tmp_path / ".cache" / "evidence").glob("*.json"))
+    assert len(files) == 2 * 8 + 2 * 2
+    monkeypatch.setattr(engine, "train", lambda *_: pytest.fail("it was there already"))
+    convergence.main([*arguments, "--schedules", "constant"])
+    text = (tmp_path / "convergence_toy_toy.md").read_text()
+    assert "## Constant rate" in text and "BNP-SGD − SGD" in text
+    assert len(json.loads((tmp_path / "convergence_toy_toy.json").read_text())["runs"]) == len(files)
+    with pytest.raises(SystemExit, match="--tasks nothing: preset toy has toy"):
+        convergence.main([*arguments, "--tasks", "nothing"])

@@ -9,10 +9,13 @@ import time
 from dataclasses import replace
 
 from benchmarks.data import DataMissingError
+from benchmarks.evidence.contenders import CONTENDERS
 from benchmarks.evidence.engine import SCHEDULES
-from benchmarks.evidence.plan import PRESETS
+from benchmarks.evidence.plan import PRESETS, impossible
 from benchmarks.evidence.report import write
 from benchmarks.evidence.runner import Cache, published, run_all
+from benchmarks.evidence.tasks import TASKS
+from benchmarks.evidence.times import keep_times, step_times
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +26,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-sizes", nargs="+", type=int, help="of the preset's (all)")
     parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, help="of the preset's (all)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so many (no limit)")
+    parser.add_argument("--times", action="store_true", help="measure what steps cost, and no accuracy")
     parser.add_argument("--report", action="store_true", help="run nothing: tables and figures of what is there")
 
 
@@ -37,6 +41,14 @@ def main(args: argparse.Namespace) -> None:
     for scope in preset.scopes:
         if args.tasks and scope.task not in args.tasks:
             continue
+        if args.times:
+            task, part = TASKS[scope.task], scope.only(args.methods, args.batch_sizes)
+            split = task.load(args.data_dir)
+            for batch_size in part.samples:
+                chosen = [CONTENDERS[n] for n in part.contenders if not impossible(CONTENDERS[n], batch_size)]
+                path = args.output / f"convergence_{scope.task}_times.json"
+                keep_times(path, batch_size, step_times(task, split, chosen, batch_size))
+            until = -math.inf
         options = {"workers": args.workers, "until": until}
         try:
             for schedule in args.schedules or scope.schedules:

@@ -53,6 +53,16 @@ class OnlineNorm(nn.Module):
 class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: OnlineNorm) -> Tensor:
+        ctx.layer = layer
+        if len(x) == 1 and x.dim() == 2:  # the same in fewer steps
+            inv_std = (layer.variance + layer.eps).rsqrt()
+            delta = x[0] - layer.mean
+            a = layer.alpha_f
+            layer.variance = (a * layer.variance).addcmul(delta, delta, value=a * (1 - a))
+            layer.mean = torch.add(layer.mean, delta, alpha=1 - a)
+            y = delta * inv_std
+            ctx.save_for_backward(y, inv_std)
+            return y[None]
         flat = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
         variance, mean = torch.var_mean(flat, 2, correction=0)
         a = layer.alpha_f
@@ -62,7 +72,6 @@ class _Normalize(torch.autograd.Function):
         layer.mean, layer.variance = means[-1].clone(), variances[-1].clone()
         inv_std = (variances[:-1] + layer.eps).rsqrt()
         y = (flat - means[:-1].unsqueeze(2)) * inv_std.unsqueeze(2)
-        ctx.layer = layer
         ctx.save_for_backward(y, inv_std)
         return y.view(x.shape)
 
@@ -70,6 +79,12 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         y, inv_std = ctx.saved_tensors
         layer, b = ctx.layer, ctx.layer.alpha_b
+        if y.dim() == 1:
+            g = torch.addcmul(grads[0][0], layer.error_y, y, value=b - 1)
+            layer.error_y = torch.addcmul(layer.error_y, g, y)
+            g = torch.addcmul((b - 1) * layer.error_1, g, inv_std)
+            layer.error_1 = layer.error_1 + g
+            return g[None], None
         g = grads[0].reshape(y.shape)
         keep, gain = 1 - (1 - b) * y.square().mean(2), (g * y).mean(2)
         errors, error = [], layer.error_y

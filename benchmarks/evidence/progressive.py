@@ -41,11 +41,12 @@ class StreamRun:
     contender: Contender
     learning_rate: float
     seed: int
+    samples: int
     fold: int = 0
 
     @cached_property
     def key(self) -> str:
-        stream = load(self.stream, self.inputs)
+        stream = load(self.stream, self.inputs, self.samples)
         content = hashlib.sha256(stream.x.round(6).tobytes() + stream.y.tobytes()).hexdigest()[:12]
         parts = (PROTOCOL, self.stream, self.inputs, content, self.contender.key, self.learning_rate, self.seed,
                  self.fold, WIDTHS, torch.__version__)  # fmt: skip
@@ -55,7 +56,7 @@ class StreamRun:
         """What a line of the results says of it."""
         return {
             "stream": self.stream, "inputs": self.inputs, "method": self.contender.name,
-            "learning_rate": self.learning_rate, "seed": self.seed, "fold": self.fold,
+            "learning_rate": self.learning_rate, "seed": self.seed, "samples": self.samples, "fold": self.fold,
         }  # fmt: skip
 
     def execute(self, _: Path) -> dict[str, Any]:
@@ -65,7 +66,7 @@ class StreamRun:
 
 def train(run: StreamRun) -> dict[str, Any]:
     """The progressive error of a net; see :func:`score`."""
-    stream = load(run.stream, run.inputs)
+    stream = load(run.stream, run.inputs, run.samples)
     x = torch.from_numpy(stream.x).float()
     y = torch.from_numpy(stream.y).float() if stream.classes == 0 else torch.from_numpy(stream.y)
     torch.manual_seed(run.seed)
@@ -166,21 +167,22 @@ class OtherRun:
 
     stream: str
     name: str
+    samples: int
 
     @cached_property
     def key(self) -> str:
-        stream = load(self.stream, "raw")
+        stream = load(self.stream, "raw", self.samples)
         content = hashlib.sha256(stream.x.round(6).tobytes() + stream.y.tobytes()).hexdigest()[:12]
         parts = (PROTOCOL, self.stream, content, self.name, metadata.version("river"))
         return "o" + hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 
     def describe(self) -> dict[str, Any]:
         """What a line of the results says of it."""
-        return {"stream": self.stream, "inputs": "raw", "method": self.name}
+        return {"stream": self.stream, "inputs": "raw", "method": self.name, "samples": self.samples}
 
     def execute(self, _: Path) -> dict[str, Any]:
         """Go through the stream once."""
-        stream = load(self.stream, "raw")
+        stream = load(self.stream, "raw", self.samples)
         start = time.process_time()
         errors = OTHERS[self.name](stream)
         return score(errors, stream, time.process_time() - start)

@@ -10,10 +10,11 @@ from typing import Any
 from benchmarks.documents import compact, environment
 from benchmarks.evidence.contenders import ADAPTIVE_RATES, CONTENDERS, NOTES, SGD_RATES
 from benchmarks.evidence.figures import convergence_figure
-from benchmarks.evidence.plan import Preset, Scope, impossible
+from benchmarks.evidence.plan import Preset, Results, Scope, impossible
 from benchmarks.evidence.runner import Cache
 from benchmarks.evidence.tables import Cell, Lift, cells_of, lifts, one_rates
 from benchmarks.evidence.tasks import TASKS
+from benchmarks.evidence.times import TARGETS, load_times, samples_to
 from benchmarks.report import dot, made_with, mean_and_error
 
 Cells = dict[tuple[str, int, str], Cell]
@@ -40,7 +41,8 @@ def write(scope: Scope, preset: Preset, cache: Cache, output: Path) -> str:
         "runs": [{"key": run.key, **run.describe(), "result": r} for run, r in results.items()],
     }
     stem = f"convergence_{scope.task}_{preset.name}"
-    text = markdown(scope, preset, cells, document)
+    times = load_times(output / f"convergence_{scope.task}_times.json")
+    text = markdown(scope, preset, cells, document) + "\n".join(_times(scope, cells, results, times))
     (output / f"{stem}.json").write_text(compact(document) + "\n")
     (output / f"{stem}.md").write_text(text)
     convergence_figure(scope, cells, results, output / f"{stem}.png")
@@ -144,3 +146,33 @@ def _grids(scope: Scope, cells: Cells, schedule: str, rates: tuple[float, ...]) 
             if cell is not None and tuple(cell.grid) == rates:
                 texts = [f"**{dot(a)}**" if r == cell.rate else dot(a) for r, a in cell.grid.items()]
                 yield f"| {name} | {b} | " + " | ".join(texts) + " |"
+
+
+def _times(scope: Scope, cells: Cells, results: Results, times: Mapping[int, Mapping[str, float]]) -> Iterable[str]:
+    """CPU seconds to an accuracy, at the chosen constant rate: samples from the curves × the measured step."""
+    if not times:
+        return
+    target, batch_sizes = TARGETS[scope.task], [b for b in sorted(scope.samples) if b in times]
+    yield f"\n## Time to {dot(target, 2)}\n"
+    yield "Constant rate, chosen by the accuracy at the end (not for speed). CPU seconds = steps until the mean curve"
+    yield "of the reporting seeds reaches the accuracy × the median of a step, measured in turn with all others; in"
+    yield "brackets samples and milliseconds per step.\n"
+    yield "| method | " + " | ".join(f"batch {b}" for b in batch_sizes) + " |"
+    yield "| --- |" + " --- |" * len(batch_sizes)
+    for name in scope.contenders:
+        texts = []
+        for b in batch_sizes:
+            cell, ms = cells.get((name, b, "constant")), times[b].get(name)
+            if cell is None or ms is None:
+                texts.append("impossible" if impossible(CONTENDERS[name], b) else "not run")
+                continue
+            seeds = list(cell.accuracies) or [0]
+            runs = [scope.run(CONTENDERS[name], b, "constant", cell.rate, seed) for seed in seeds]
+            samples = samples_to([results[run]["curve"] for run in runs], target)
+            cost = f"{ms:.2f} ms"
+            texts.append(
+                f"not reached ({cost})" if samples is None else f"{samples / b * ms / 1e3:.2f} ({samples:,.0f}, {cost})"
+            )
+        if any(t not in ("not run", "impossible") for t in texts):
+            yield f"| {name} | " + " | ".join(texts) + " |"
+    yield ""

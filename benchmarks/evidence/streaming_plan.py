@@ -14,22 +14,22 @@ NETS = ("SGD", "BNP-SGD", "AdamW", "BNP-AdamW", "ON + SGD", "ON + AdamW")
 INPUTS: tuple[Inputs, ...] = ("raw", "scaled")
 TUNING_SEED = 0
 SEEDS = (1, 2, 3, 4, 5)
-QUICK = ("ImageSegments", "Phishing")
+QUICK = {"ImageSegments": 1000, "Phishing": 1250}
 
 
-def tuning_runs(streams: Sequence[str], nets: Sequence[str]) -> list[StreamRun]:
+def tuning_runs(streams: Mapping[str, int], nets: Sequence[str]) -> list[StreamRun]:
     """Every net at every rate."""
     return [
-        StreamRun(stream, inputs, CONTENDERS[net], rate, TUNING_SEED)
+        StreamRun(stream, inputs, CONTENDERS[net], rate, TUNING_SEED, samples)
         for net in nets
-        for stream in streams
+        for stream, samples in streams.items()
         for inputs in INPUTS
         for rate in CONTENDERS[net].rates
     ]
 
 
 def chosen_rates(
-    results: Mapping[StreamRun, Mapping[str, Any]], streams: Sequence[str], nets: Sequence[str]
+    results: Mapping[StreamRun, Mapping[str, Any]], streams: Mapping[str, int], nets: Sequence[str]
 ) -> dict[tuple[str, str, str], tuple[float, float]]:
     """Per (net, stream, inputs): its rate for this stream, and its one rate for all streams.
 
@@ -41,9 +41,10 @@ def chosen_rates(
         rates = CONTENDERS[net].rates
         grid = {
             (stream, inputs): [
-                results.get(StreamRun(stream, inputs, CONTENDERS[net], r, TUNING_SEED), {}).get("error") for r in rates
+                results.get(StreamRun(stream, inputs, CONTENDERS[net], r, TUNING_SEED, samples), {}).get("error")
+                for r in rates
             ]
-            for stream in streams
+            for stream, samples in streams.items()
             for inputs in INPUTS
         }
         if any(error is None for errors in grid.values() for error in errors):
@@ -55,10 +56,12 @@ def chosen_rates(
     return chosen
 
 
-def reporting_runs(chosen: Mapping[tuple[str, str, str], tuple[float, float]], seeds: Sequence[int]) -> list[StreamRun]:
+def reporting_runs(
+    chosen: Mapping[tuple[str, str, str], tuple[float, float]], streams: Mapping[str, int], seeds: Sequence[int]
+) -> list[StreamRun]:
     """Seed by seed, at both rates."""
     return [
-        StreamRun(stream, inputs, CONTENDERS[net], rate, seed)  # type: ignore[arg-type]
+        StreamRun(stream, inputs, CONTENDERS[net], rate, seed, streams[stream])  # type: ignore[arg-type]
         for seed in seeds
         for (net, stream, inputs), rates in chosen.items()
         for rate in dict.fromkeys(rates)

@@ -19,9 +19,10 @@ from benchmarks.evidence.contenders import CONTENDERS
 from benchmarks.evidence.progressive import OTHERS, OtherRun, StreamRun
 from benchmarks.evidence.runner import Cache
 from benchmarks.evidence.streaming_plan import INPUTS, chosen_rates, reporting_runs, tuning_runs
-from benchmarks.evidence.streams import load
+from benchmarks.evidence.streams import SAMPLES, load
 from benchmarks.report import dot, made_with, mean_and_error
 
+Results = Mapping[Any, Mapping[str, Any]]
 Chosen = Mapping[tuple[str, str, str], tuple[float, float]]
 COLORS = {
     "SGD": ("#56B4E9", "--"), "BNP-SGD": ("#0072B2", "-"), "AdamW": ("#E69F00", "--"), "BNP-AdamW": ("#D55E00", "-"),
@@ -30,18 +31,19 @@ COLORS = {
 
 
 def write(
-    streams: Sequence[str], nets: Sequence[str], seeds: Sequence[int], cache: Cache, output: Path, *, quick: bool
+    streams: Mapping[str, int], nets: Sequence[str], seeds: Sequence[int], cache: Cache, output: Path, *, quick: bool
 ) -> str:
     """Write JSON, Markdown and PNG; returns the Markdown."""
     results: dict[Any, dict[str, Any]] = {**cache.found(tuning_runs(streams, nets))}
     chosen = chosen_rates(results, streams, nets)
-    results |= cache.found(reporting_runs(chosen, seeds))
-    results |= cache.found([OtherRun(stream, name) for stream in streams for name in OTHERS])
+    results |= cache.found(reporting_runs(chosen, streams, seeds))
+    results |= cache.found([OtherRun(stream, name, n) for stream, n in streams.items() for name in OTHERS])
     document = {
         "benchmark": "streaming",
         "configuration": {
             "model": "MLP 32-32, ReLU, torch's default initialization, one step per sample",
-            "samples": {name: len(load(name, "raw").x) for name in streams},
+            "samples": dict(streams),
+            "full_protocol": {name: SAMPLES[name] for name in streams},
             "seeds": {"tuning": 0, "reporting": list(seeds)},
             "one_rate": {net: one for (net, _, _), (_, one) in chosen.items()},
         },
@@ -60,28 +62,32 @@ def write(
 
 
 def errors_of(
-    net: str, stream: str, inputs: str, rate: float, seeds: Sequence[int], results: Mapping[Any, Mapping[str, Any]]
+    net: str, stream: str, inputs: str, rate: float, samples: int, seeds: Sequence[int], results: Results
 ) -> list[float]:
     """Progressive errors by reporting seed."""
-    runs = [StreamRun(stream, inputs, CONTENDERS[net], rate, s) for s in seeds]  # type: ignore[arg-type]
+    runs = [StreamRun(stream, inputs, CONTENDERS[net], rate, s, samples) for s in seeds]  # type: ignore[arg-type]
     return [results[run]["error"] for run in runs if run in results]
 
 
 def markdown(
-    streams: Sequence[str],
+    streams: Mapping[str, int],
     seeds: Sequence[int],
     chosen: Chosen,
-    results: Mapping[Any, Mapping[str, Any]],
+    results: Results,
     document: Mapping[str, Any],
 ) -> str:
     """The tables, with how they were had."""
+    full = ", ".join(f"{name} {SAMPLES[name]:,}" for name, n in streams.items() if n != SAMPLES[name])
     lines = [
         "# Streams",
         "",
         "Predict, then learn, batch size 1. Progressive error: the share of wrong predictions over the whole stream; "
         "on TrumpApproval the mean absolute error. Mean ± standard error over reporting seeds "
         f"({', '.join(map(str, seeds))}; of the initial weights; the streams are what they are). Less is better. "
-        "Samples: " + ", ".join(f"{name} {n:,}" for name, n in document["configuration"]["samples"].items()) + ".",
+        "Samples: "
+        + ", ".join(f"{name} {n:,}" for name, n in document["configuration"]["samples"].items())
+        + "."
+        + (f" **Trimmed**: the full protocol has {full}." if full else ""),
         "",
         "## One rate for all streams",
         "",
@@ -111,15 +117,17 @@ def markdown(
 
 
 def _table(
-    streams: Sequence[str], seeds: Sequence[int], chosen: Chosen, results: Mapping[Any, Mapping[str, Any]], which: int
+    streams: Mapping[str, int], seeds: Sequence[int], chosen: Chosen, results: Results, which: int
 ) -> Iterable[str]:
     nets = list(dict.fromkeys(net for net, _, _ in chosen))
-    head = [f"{net}, {chosen[net, streams[0], 'raw'][1]:g}" for net in nets] if which else nets
+    head = [f"{net}, {chosen[net, next(iter(streams)), 'raw'][1]:g}" for net in nets] if which else nets
     yield "| stream | inputs | " + " | ".join([*head, *(OTHERS if which else ())]) + " |"
     yield "| --- | --- |" + " --- |" * (len(nets) + (len(OTHERS) if which else 0))
-    for stream in streams:
+    for stream, samples in streams.items():
         for inputs in INPUTS:
-            errors = {n: errors_of(n, stream, inputs, chosen[n, stream, inputs][which], seeds, results) for n in nets}
+            errors = {
+                n: errors_of(n, stream, inputs, chosen[n, stream, inputs][which], samples, seeds, results) for n in nets
+            }
             best = min((fmean(e) for e in errors.values() if e), default=0.0)
             texts = []
             for net, found in errors.items():
@@ -134,42 +142,39 @@ def _table(
                         text += f" ({rate:g}{'*' if rate in (rates[0], rates[-1]) else ''})"
                 texts.append(text)
             for name in OTHERS if which else ():
-                other = results.get(OtherRun(stream, name))
+                other = results.get(OtherRun(stream, name, samples))
                 seen = other is not None and (inputs == "raw") != (name == "scaler + linear model")
                 texts.append(dot(other["error"]) if seen and other is not None else "")
             yield f"| {stream} | {inputs} | " + " | ".join(texts) + " |"
 
 
-def _grids(streams: Sequence[str], chosen: Chosen, results: Mapping[Any, Mapping[str, Any]]) -> Iterable[str]:
+def _grids(streams: Mapping[str, int], chosen: Chosen, results: Results) -> Iterable[str]:
     nets = list(dict.fromkeys(net for net, _, _ in chosen))
     for kind in dict.fromkeys(CONTENDERS[net].rates for net in nets):
         yield "| method | stream | inputs | " + " | ".join(f"{r:g}" for r in kind) + " |"
         yield "| --- | --- | --- |" + " --- |" * len(kind)
         for net in (n for n in nets if CONTENDERS[n].rates == kind):
-            for stream in streams:
+            for stream, samples in streams.items():
                 for inputs in INPUTS:
-                    found = [results[StreamRun(stream, inputs, CONTENDERS[net], r, 0)] for r in kind]
+                    found = [results[StreamRun(stream, inputs, CONTENDERS[net], r, 0, samples)] for r in kind]
                     texts = [dot(r["error"]) + ("†" if r["diverged"] else "") for r in found]
                     yield f"| {net} | {stream} | {inputs} | " + " | ".join(texts) + " |"
         yield ""
     yield "†: diverged; from there on it scores as a guess."
 
 
-def figure(
-    streams: Sequence[str], seeds: Sequence[int], chosen: Chosen, results: Mapping[Any, Mapping[str, Any]], path: Path
-) -> None:
+def figure(streams: Mapping[str, int], seeds: Sequence[int], chosen: Chosen, results: Results, path: Path) -> None:
     """Progressive error against samples: a column per stream, raw above, scaled below, each net at its one rate."""
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     columns = min(4, len(streams))
     rows = -(-len(streams) // columns) * 2
     grid, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 2.5 * rows), squeeze=False)
-    for i, stream in enumerate(streams):
+    for i, (stream, n) in enumerate(streams.items()):
         for j, inputs in enumerate(INPUTS):
             ax = axes[2 * (i // columns) + j, i % columns]
-            n = len(load(stream, inputs).x)
             for net in dict.fromkeys(net for net, _, _ in chosen):
                 rate = chosen[net, stream, inputs][1]
-                runs = [StreamRun(stream, inputs, CONTENDERS[net], rate, s) for s in seeds]
+                runs = [StreamRun(stream, inputs, CONTENDERS[net], rate, s, n) for s in seeds]
                 blocks = [results[run]["blocks"] for run in runs if run in results]
                 if blocks:
                     mean = np.mean(blocks, axis=0)
@@ -180,7 +185,7 @@ def figure(
                     )
             ax.set_title(f"{stream}, {inputs}", fontsize=9)
             ax.grid(True, alpha=0.3)
-            if not load(stream, inputs).classes:
+            if not load(stream, inputs, n).classes:
                 ax.set_yscale("log")
     for ax in axes.flat:
         if not ax.has_data():

@@ -33,7 +33,7 @@ class Stream:
         return 1 - 1 / self.classes if self.classes else float(np.abs(self.y).mean())
 
 
-def _arrays(samples: Iterable[tuple[dict[str, Any], Any]], count: int | None, *, regression: bool = False) -> Stream:
+def _arrays(samples: Iterable[tuple[dict[str, Any], Any]], count: int, *, regression: bool = False) -> Stream:
     rows, targets = [], []
     for x, y in islice(samples, count):
         rows.append([float(x[name]) for name in sorted(x)])
@@ -44,7 +44,7 @@ def _arrays(samples: Iterable[tuple[dict[str, Any], Any]], count: int | None, *,
     return Stream(np.array(rows), np.array([names.index(y) for y in targets]), len(names))
 
 
-def _of_river(name: str, count: int | None = None, *, regression: bool = False) -> Stream:
+def _of_river(name: str, count: int, *, regression: bool = False) -> Stream:
     from river import datasets
 
     return _arrays(getattr(datasets, name)(), count, regression=regression)
@@ -80,22 +80,30 @@ def _sea(count: int) -> Stream:
     return _arrays(drift, count)
 
 
-STREAMS: dict[str, Callable[[], Stream]] = {
+STREAMS: dict[str, Callable[[int], Stream]] = {
     "ImageSegments": partial(_of_river, "ImageSegments"),
     "Phishing": partial(_of_river, "Phishing"),
     "Bananas": partial(_of_river, "Bananas"),
     "TrumpApproval": partial(_of_river, "TrumpApproval", regression=True),
-    "ImageSegments, shift": lambda: shifted(_of_river("ImageSegments")),
-    "Shuttle": partial(_of_river, "Shuttle", 3000),
-    "Agrawal, drift": partial(_agrawal, 3000),
-    "SEA, drift": partial(_sea, 3000),
+    "ImageSegments, shift": lambda count: shifted(_of_river("ImageSegments", count)),
+    "Shuttle": partial(_of_river, "Shuttle"),
+    "Agrawal, drift": _agrawal,
+    "SEA, drift": _sea,
 }
+SAMPLES = {
+    "ImageSegments": 2310, "Phishing": 1250, "Bananas": 5300, "TrumpApproval": 1001, "ImageSegments, shift": 2310,
+    "Shuttle": 10_000, "Agrawal, drift": 10_000, "SEA, drift": 10_000,
+}  # fmt: skip
+SHORT = SAMPLES | {"Bananas": 2000, "Shuttle": 1500, "Agrawal, drift": 2000, "SEA, drift": 2000}
 
 
 @cache
-def load(name: str, inputs: Inputs) -> Stream:
-    """A stream, raw or as river's StandardScaler hands it on sample by sample (each sample counts before it goes)."""
-    stream = STREAMS[name]()
+def load(name: str, inputs: Inputs, samples: int) -> Stream:
+    """A stream, raw or as river's StandardScaler hands it on sample by sample (each sample counts before it goes).
+
+    Drifts and shifts come in the middle of the ``samples``.
+    """
+    stream = STREAMS[name](samples)
     return stream if inputs == "raw" else Stream(scaled(stream.x), stream.y, stream.classes)
 
 
