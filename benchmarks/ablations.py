@@ -21,6 +21,7 @@ from typing import Any
 from benchmarks.data import DataMissingError
 from benchmarks.evidence.ablation_report import write
 from benchmarks.evidence.questions import QUESTIONS, Question
+from benchmarks.evidence.replicas import run_streams
 from benchmarks.evidence.runner import Cache, published, run_all
 
 
@@ -47,7 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             runs = [r for r in runs if r.task in (args.tasks or [r.task])]
             runs = [r for r in runs if r.batch_size in (args.batch_sizes or [r.batch_size])]
         try:
-            run_all(runs, cache, args.data_dir, workers=args.workers, until=until, label=name)
+            options = {"workers": args.workers, "until": until, "label": name}
+            if isinstance(question, Question):
+                run_all(runs, cache, args.data_dir, **options)
+            else:
+                run_streams(runs, cache, **options)
         except DataMissingError as error:
             sys.exit(f"error: {error}")
         except KeyboardInterrupt:

@@ -3,9 +3,9 @@
     python -m benchmarks.streaming
 
 river's streams (inside the package: no download), raw and as its StandardScaler hands them on, one with an abrupt
-shift, two synthetic ones with drift; batch size 1; MLP 32-32. Every net runs at every rate of its grid on the tuning
-seed 0; reporting seeds then run at the rate that is best for this stream on that seed ("tuned"), and at the single
-rate that is best over all streams on that seed ("one rate"). ``--quick``: two streams, one reporting seed.
+shift, two synthetic ones with drift; batch size 1; MLP 32-32. Every net runs at every rate of its grid, on the tuning
+seed 0 and on reporting seeds. Seed 0 chooses the rate that is best for a stream, and the single rate that is best over
+all streams; the tables report what those two do on the other seeds. ``--quick``: two streams, one reporting seed.
 
 Finished runs are kept under OUTPUT/.cache and skipped the next time.
 """
@@ -20,17 +20,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.evidence.progressive import OTHERS, OtherRun
+from benchmarks.evidence.replicas import run_streams
 from benchmarks.evidence.runner import Cache, published, run_all
-from benchmarks.evidence.streaming_plan import NETS, QUICK, SEEDS, chosen_rates, reporting_runs, tuning_runs
+from benchmarks.evidence.streaming_plan import NETS, QUICK, SEEDS, TUNING_SEED, all_runs
 from benchmarks.evidence.streaming_report import write
-from benchmarks.evidence.streams import SAMPLES, SHORT
+from benchmarks.evidence.streams import SAMPLES
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser("python -m benchmarks.streaming", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="two streams, one reporting seed: under five minutes")
-    parser.add_argument("--preset", choices=("full", "short"), default="full", help="short: fewer samples of some")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="for reporting (%(default)s)")
     parser.add_argument("--methods", nargs="+", choices=NETS, default=list(NETS), help="nets (all)")
     parser.add_argument("--workers", type=int, default=1, help="processes (%(default)s)")
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="(%(default)s)")
     parser.add_argument("--report", action="store_true", help="run nothing: tables and figure of what is there")
     args = parser.parse_args(arguments)
-    streams = QUICK if args.quick else SHORT if args.preset == "short" else SAMPLES
+    streams = QUICK if args.quick else SAMPLES
     nets = [n for n in args.methods if not args.quick or n != "ON + AdamW"]
     seeds = SEEDS[:1] if args.quick else tuple(args.seeds)
     cache = Cache(args.output / ".cache" / "evidence", published(args.output))
@@ -46,10 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         others = [OtherRun(stream, name, n) for stream, n in streams.items() for name in OTHERS]
         run_all(others, cache, Path(), until=until, label="river's models")
-        options = {"workers": args.workers, "until": until}
-        tuned = run_all(tuning_runs(streams, nets), cache, Path(), label="nets, tuning", **options)
-        chosen = chosen_rates(tuned, streams, nets)
-        run_all(reporting_runs(chosen, streams, seeds), cache, Path(), label="nets, reporting", **options)
+        runs = all_runs(streams, nets, (TUNING_SEED, *seeds))
+        run_streams(runs, cache, workers=args.workers, until=until, label="nets")
     except KeyboardInterrupt:
         sys.exit("\nInterrupted. The same command goes on from the last finished run.")
     print(write(streams, nets, seeds, cache, args.output, quick=args.quick))

@@ -14,8 +14,9 @@ pytest.importorskip("tqdm", reason="the benchmarks show progress")
 from benchmarks.evidence import progressive, streaming_report, streams
 from benchmarks.evidence.contenders import CONTENDERS
 from benchmarks.evidence.progressive import OtherRun, StreamRun, score, train
+from benchmarks.evidence.replicas import run_streams
 from benchmarks.evidence.runner import Cache, run_all
-from benchmarks.evidence.streaming_plan import chosen_rates, reporting_runs, tuning_runs
+from benchmarks.evidence.streaming_plan import all_runs, chosen_rates
 from benchmarks.evidence.streams import Stream, load, scaled, shifted
 
 
@@ -110,31 +111,24 @@ def test_rates_are_chosen_per_stream_and_for_all_streams() -> None:
     errors = {"raw": [0.5, 0.5, 0.1, 0.12, 0.5, 0.5, 0.5, 0.5], "scaled": [0.5, 0.5, 0.2, 0.1, 0.5, 0.5, 0.5, 0.5]}
     rates = CONTENDERS["SGD"].rates
     results = {
-        run: {"error": errors[run.inputs][rates.index(run.learning_rate)]} for run in tuning_runs(counts, ["SGD"])
+        run: {"error": errors[run.inputs][rates.index(run.learning_rate)]} for run in all_runs(counts, ["SGD"], [0])
     }
     chosen = chosen_rates(results, counts, ["SGD", "BNP-SGD"])
     assert chosen == {("SGD", "toy", "raw"): (0.01, 0.03), ("SGD", "toy", "scaled"): (0.03, 0.03)}
-    runs = reporting_runs(chosen, counts, (1, 2))
-    assert [(r.inputs, r.learning_rate, r.seed) for r in runs[:3]] == [
-        ("raw", 0.01, 1),
-        ("raw", 0.03, 1),
-        ("scaled", 0.03, 1),
-    ]
-    assert len(runs) == 6
 
 
 def test_the_report_says_what_is_there(tmp_path: Path) -> None:
     counts = {"toy": 60}
     cache = Cache(tmp_path / "cache")
     nets = ["SGD", "BNP-SGD"]
-    tuned = run_all(tuning_runs(counts, nets), cache, tmp_path)
-    chosen = chosen_rates(tuned, counts, nets)
-    run_all(reporting_runs(chosen, counts, (1,)), cache, tmp_path)
+    runs = all_runs(counts, nets, (0, 1))
+    results = run_streams(runs, cache)
+    assert set(results) == set(runs) == set(cache.found(runs))
     run_all([OtherRun("toy", "last value", 60)], cache, tmp_path)
     text = streaming_report.write(counts, nets, (1, 2), cache, tmp_path, quick=False)
     assert "**Trimmed**: the full protocol has toy 400." in text
     assert "1 seeds" in text and (tmp_path / "streaming.png").stat().st_size > 1000
-    errors = [tuned[run]["error"] for run in tuning_runs(counts, ["SGD"]) if run.inputs == "raw"]
+    errors = [results[run]["error"] for run in all_runs(counts, ["SGD"], [1]) if run.inputs == "raw"]
     row = next(line for line in text.splitlines() if line.startswith("| SGD | toy | raw |"))
     found = [float(v.strip(" †")) for v in row.split("|")[4:-1]]
     assert all(math.isclose(a, b, abs_tol=6e-4) for a, b in zip(found, errors, strict=True))

@@ -22,7 +22,7 @@ from benchmarks.evidence.contenders import Contender
 from benchmarks.evidence.streams import Inputs, Stream, load
 from benchmarks.workloads import mlp
 
-PROTOCOL = 1
+PROTOCOL = 2
 BLOCKS = 50  # of which the mean error is kept
 WIDTHS = (32, 32)
 

@@ -60,10 +60,9 @@ class StreamQuestion:
     places: tuple[tuple[str, Inputs], ...]
 
     def runs(self, preset: str, seeds: tuple[int, ...] = (TUNING_SEED,)) -> list[StreamRun]:
-        """All runs, seed by seed, place by place."""
-        samples = streams.SHORT if preset == "short" else streams.SAMPLES
+        """All runs, seed by seed, place by place, over whole streams whatever the preset."""
         return [
-            StreamRun(stream, inputs, contender, rate, seed, samples[stream], fold)
+            StreamRun(stream, inputs, contender, rate, seed, streams.SAMPLES[stream], fold)
             for seed in seeds
             for stream, inputs in self.places
             for contender, fold in self.contenders.values()

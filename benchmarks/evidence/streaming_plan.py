@@ -1,4 +1,4 @@
-"""Which streaming runs: every rate on the tuning seed, then the reporting seeds at two choices of rate."""
+"""Which streaming runs there are, and which rates the tuning seed chooses."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ SEEDS = (1, 2, 3, 4, 5)
 QUICK = {"ImageSegments": 1000, "Phishing": 1250}
 
 
-def tuning_runs(streams: Mapping[str, int], nets: Sequence[str]) -> list[StreamRun]:
+def all_runs(streams: Mapping[str, int], nets: Sequence[str], seeds: Sequence[int]) -> list[StreamRun]:
     """Every net at every rate."""
     return [
-        StreamRun(stream, inputs, CONTENDERS[net], rate, TUNING_SEED, samples)
+        StreamRun(stream, inputs, CONTENDERS[net], rate, seed, samples)
         for net in nets
         for stream, samples in streams.items()
         for inputs in INPUTS
+        for seed in seeds
         for rate in CONTENDERS[net].rates
     ]
 
@@ -54,15 +55,3 @@ def chosen_rates(
         for place, errors in grid.items():
             chosen[(net, *place)] = rates[errors.index(min(errors))], one
     return chosen
-
-
-def reporting_runs(
-    chosen: Mapping[tuple[str, str, str], tuple[float, float]], streams: Mapping[str, int], seeds: Sequence[int]
-) -> list[StreamRun]:
-    """Seed by seed, at both rates."""
-    return [
-        StreamRun(stream, inputs, CONTENDERS[net], rate, seed, streams[stream])  # type: ignore[arg-type]
-        for seed in seeds
-        for (net, stream, inputs), rates in chosen.items()
-        for rate in dict.fromkeys(rates)
-    ]

@@ -18,7 +18,7 @@ from benchmarks.documents import compact, environment
 from benchmarks.evidence.contenders import CONTENDERS
 from benchmarks.evidence.progressive import OTHERS, OtherRun, StreamRun
 from benchmarks.evidence.runner import Cache
-from benchmarks.evidence.streaming_plan import INPUTS, chosen_rates, reporting_runs, tuning_runs
+from benchmarks.evidence.streaming_plan import INPUTS, TUNING_SEED, all_runs, chosen_rates
 from benchmarks.evidence.streams import SAMPLES, load
 from benchmarks.report import dot, made_with, mean_and_error
 
@@ -34,9 +34,8 @@ def write(
     streams: Mapping[str, int], nets: Sequence[str], seeds: Sequence[int], cache: Cache, output: Path, *, quick: bool
 ) -> str:
     """Write JSON, Markdown and PNG; returns the Markdown."""
-    results: dict[Any, dict[str, Any]] = {**cache.found(tuning_runs(streams, nets))}
+    results: dict[Any, dict[str, Any]] = {**cache.found(all_runs(streams, nets, (TUNING_SEED, *seeds)))}
     chosen = chosen_rates(results, streams, nets)
-    results |= cache.found(reporting_runs(chosen, streams, seeds))
     results |= cache.found([OtherRun(stream, name, n) for stream, n in streams.items() for name in OTHERS])
     document = {
         "benchmark": "streaming",
@@ -103,9 +102,9 @@ def markdown(
         "",
         "## Whole curves",
         "",
-        "Seed 0.",
+        "Mean over the reporting seeds.",
         "",
-        *_grids(streams, chosen, results),
+        *_grids(streams, seeds, chosen, results),
         "",
         "BNP with all its defaults. ON: Online Normalization after every hidden layer. scaled: river's StandardScaler, "
         "running. river's models with their defaults; the linear one sees scaled inputs always.",
@@ -148,7 +147,7 @@ def _table(
             yield f"| {stream} | {inputs} | " + " | ".join(texts) + " |"
 
 
-def _grids(streams: Mapping[str, int], chosen: Chosen, results: Results) -> Iterable[str]:
+def _grids(streams: Mapping[str, int], seeds: Sequence[int], chosen: Chosen, results: Results) -> Iterable[str]:
     nets = list(dict.fromkeys(net for net, _, _ in chosen))
     for kind in dict.fromkeys(CONTENDERS[net].rates for net in nets):
         yield "| method | stream | inputs | " + " | ".join(f"{r:g}" for r in kind) + " |"
@@ -156,11 +155,15 @@ def _grids(streams: Mapping[str, int], chosen: Chosen, results: Results) -> Iter
         for net in (n for n in nets if CONTENDERS[n].rates == kind):
             for stream, samples in streams.items():
                 for inputs in INPUTS:
-                    found = [results[StreamRun(stream, inputs, CONTENDERS[net], r, 0, samples)] for r in kind]
-                    texts = [dot(r["error"]) + ("†" if r["diverged"] else "") for r in found]
+                    texts = []
+                    for rate in kind:
+                        runs = [StreamRun(stream, inputs, CONTENDERS[net], rate, s, samples) for s in seeds]
+                        found = [results[run] for run in runs if run in results]
+                        mark = "†" * any(r["diverged"] for r in found)
+                        texts.append(dot(fmean(r["error"] for r in found)) + mark if found else "not run")
                     yield f"| {net} | {stream} | {inputs} | " + " | ".join(texts) + " |"
         yield ""
-    yield "†: diverged; from there on it scores as a guess."
+    yield "†: at least one seed diverged; from there on it scores as a guess."
 
 
 def figure(streams: Mapping[str, int], seeds: Sequence[int], chosen: Chosen, results: Results, path: Path) -> None:
