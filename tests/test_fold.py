@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from torch import nn
 from bnp_optim import BNPreconditioner, fold_normalization
 
 EPS = 1e-4
+ROOT = Path(__file__).parent.parent
 
 
 def raw(n: int, features: int, seed: int = 0) -> torch.Tensor:
@@ -140,3 +144,18 @@ def test_raw_features_no_longer_need_thousands_of_steps() -> None:
             optimizer.step()
         losses.append(nn.functional.cross_entropy(model(x), y).item())
     assert losses[1] < 0.45 < losses[0] / 2, losses
+
+
+def test_the_documented_example_starts_from_moderate_outputs() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "method.md").read_text(encoding="utf-8"), flags=re.S)
+    torch.manual_seed(0)
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    hidden = scope["model"][0](scope["first"])
+    torch.testing.assert_close(hidden.mean(0), _initial_bias(), rtol=1e-4, atol=1e-4)  # Linear's own, after centring
+    assert hidden.std() < 1.5 and "BNPreconditioner(SGD" in repr(scope["optimizer"])
+
+
+def _initial_bias() -> torch.Tensor:
+    torch.manual_seed(0)
+    return nn.Linear(4, 32).bias.detach()
