@@ -114,7 +114,7 @@ def test_rates_are_chosen_per_stream_and_for_all_streams() -> None:
         run: {"error": errors[run.inputs][rates.index(run.learning_rate)]} for run in all_runs(counts, ["SGD"], [0])
     }
     chosen = chosen_rates(results, counts, ["SGD", "BNP-SGD"])
-    assert chosen == {("SGD", "toy", "raw"): (0.01, 0.03), ("SGD", "toy", "scaled"): (0.03, 0.03)}
+    assert chosen == {("SGD", "toy", "raw"): (0.01, 0.03, 0.01), ("SGD", "toy", "scaled"): (0.03, 0.03, 0.03)}
 
 
 def test_the_report_says_what_is_there(tmp_path: Path) -> None:

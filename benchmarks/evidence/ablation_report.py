@@ -30,7 +30,12 @@ def write(question: Question | StreamQuestion, preset: str, seeds: tuple[int, ..
         "environment": environment(),
         "cpu_seconds": round(sum(r["seconds"] for r in results.values()), 1),
         "runs": [
-            {"key": run.key, **run.describe(), "method": names[run.contender, getattr(run, "fold", 0)], "result": r}
+            {
+                "key": run.key,
+                **run.describe(),
+                "method": names[run.contender, getattr(run, "fold", 0)],
+                "result": slim(r),
+            }
             for run, r in results.items()
         ],
     }
@@ -40,6 +45,11 @@ def write(question: Question | StreamQuestion, preset: str, seeds: tuple[int, ..
     (output / f"ablation_{question.name}.json").write_text(compact(document) + "\n")
     (output / f"ablation_{question.name}.md").write_text(text)
     return text
+
+
+def slim(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the course of the error of a stream: thousands of runs are published, and no table here reads it."""
+    return {k: v for k, v in result.items() if k != "blocks"}
 
 
 def names_of(question: Question | StreamQuestion) -> dict[tuple[Contender, int], str]:

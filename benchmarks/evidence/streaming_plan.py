@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.evidence.contenders import CONTENDERS
 from benchmarks.evidence.progressive import StreamRun
@@ -29,13 +29,26 @@ def all_runs(streams: Mapping[str, int], nets: Sequence[str], seeds: Sequence[in
     ]
 
 
+class Rates(NamedTuple):
+    """Of a net on a stream, all chosen on the tuning seed.
+
+    Args:
+        tuned: Best on this stream.
+        one: The one rate for all streams, raw and scaled.
+        kind: The one rate for all streams with the same inputs.
+    """
+
+    tuned: float
+    one: float
+    kind: float
+
+
 def chosen_rates(
     results: Mapping[StreamRun, Mapping[str, Any]], streams: Mapping[str, int], nets: Sequence[str]
-) -> dict[tuple[str, str, str], tuple[float, float]]:
-    """Per (net, stream, inputs): its rate for this stream, and its one rate for all streams.
+) -> dict[tuple[str, str, str], Rates]:
+    """Per (net, stream, inputs); nets whose grid is not complete are left out.
 
-    The one rate has the least mean of log(error / least error of the net on that stream). Nets whose grid is not
-    complete are left out.
+    One rate has the least mean of log(error / least error of the net on that stream).
     """
     chosen = {}
     for net in nets:
@@ -50,8 +63,13 @@ def chosen_rates(
         }
         if any(error is None for errors in grid.values() for error in errors):
             continue
-        excess = [sum(math.log((g[i] + 1e-3) / (min(g) + 1e-3)) for g in grid.values()) for i in range(len(rates))]
-        one = rates[excess.index(min(excess))]
-        for place, errors in grid.items():
-            chosen[(net, *place)] = rates[errors.index(min(errors))], one
+
+        def one_rate(grids: Sequence[Sequence[float]], rates: Sequence[float] = rates) -> float:
+            excess = [sum(math.log((g[i] + 1e-3) / (min(g) + 1e-3)) for g in grids) for i in range(len(rates))]
+            return rates[excess.index(min(excess))]
+
+        one = one_rate(list(grid.values()))
+        kinds = {inputs: one_rate([g for place, g in grid.items() if place[1] == inputs]) for inputs in INPUTS}
+        for (stream, inputs), errors in grid.items():
+            chosen[net, stream, inputs] = Rates(rates[errors.index(min(errors))], one, kinds[inputs])
     return chosen

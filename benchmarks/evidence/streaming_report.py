@@ -18,12 +18,12 @@ from benchmarks.documents import compact, environment
 from benchmarks.evidence.contenders import CONTENDERS
 from benchmarks.evidence.progressive import OTHERS, OtherRun, StreamRun
 from benchmarks.evidence.runner import Cache
-from benchmarks.evidence.streaming_plan import INPUTS, TUNING_SEED, all_runs, chosen_rates
+from benchmarks.evidence.streaming_plan import INPUTS, TUNING_SEED, Rates, all_runs, chosen_rates
 from benchmarks.evidence.streams import SAMPLES, load
 from benchmarks.report import dot, made_with, mean_and_error
 
 Results = Mapping[Any, Mapping[str, Any]]
-Chosen = Mapping[tuple[str, str, str], tuple[float, float]]
+Chosen = Mapping[tuple[str, str, str], Rates]
 COLORS = {
     "SGD": ("#56B4E9", "--"), "BNP-SGD": ("#0072B2", "-"), "AdamW": ("#E69F00", "--"), "BNP-AdamW": ("#D55E00", "-"),
     "ON + SGD": ("#999999", "--"), "ON + AdamW": ("#666666", ":"),
@@ -44,11 +44,11 @@ def write(
             "samples": dict(streams),
             "full_protocol": {name: SAMPLES[name] for name in streams},
             "seeds": {"tuning": 0, "reporting": list(seeds)},
-            "one_rate": {net: one for (net, _, _), (_, one) in chosen.items()},
+            "one_rate": {net: rates.one for (net, _, _), rates in chosen.items()},
         },
         "environment": environment(),
         "cpu_seconds": round(sum(r["seconds"] for r in results.values()), 1),
-        "runs": [{"key": run.key, **run.describe(), "result": r} for run, r in results.items()],
+        "runs": [{"key": run.key, **run.describe(), "result": _slim(run, r, chosen)} for run, r in results.items()],
     }
     stem = "streaming_quick" if quick else "streaming"
     output.mkdir(parents=True, exist_ok=True)
@@ -58,6 +58,14 @@ def write(
     if chosen:
         figure(streams, seeds, chosen, results, output / f"{stem}.png")
     return text
+
+
+def _slim(run: Any, result: dict[str, Any], chosen: Chosen) -> dict[str, Any]:
+    """Without the course of the error but for what the figure shows: thousands of runs are published."""
+    rates = chosen.get((run.contender.name, run.stream, run.inputs)) if isinstance(run, StreamRun) else None
+    if rates is not None and run.learning_rate != rates.one:
+        return {k: v for k, v in result.items() if k != "blocks"}
+    return result
 
 
 def errors_of(
@@ -88,17 +96,21 @@ def markdown(
         + "."
         + (f" **Trimmed**: the full protocol has {full}." if full else ""),
         "",
-        "## One rate for all streams",
+        "## One rate for all streams, raw and scaled",
         "",
-        "The rate with the least mean of log(error / the net's least error there) over all streams and inputs, seed 0.",
+        "The rate with the least mean of log(error / the net's least error there), seed 0.",
         "",
-        *_table(streams, seeds, chosen, results, which=1),
+        *_table(streams, seeds, chosen, results, "one"),
+        "",
+        "## One rate for all raw streams, one for all scaled ones",
+        "",
+        *_table(streams, seeds, chosen, results, "kind"),
         "",
         "## A rate for each stream",
         "",
         "The best of the grid on seed 0, in brackets; *: at the edge of the grid.",
         "",
-        *_table(streams, seeds, chosen, results, which=0),
+        *_table(streams, seeds, chosen, results, "tuned"),
         "",
         "## Whole curves",
         "",
@@ -116,16 +128,18 @@ def markdown(
 
 
 def _table(
-    streams: Mapping[str, int], seeds: Sequence[int], chosen: Chosen, results: Results, which: int
+    streams: Mapping[str, int], seeds: Sequence[int], chosen: Chosen, results: Results, which: str
 ) -> Iterable[str]:
     nets = list(dict.fromkeys(net for net, _, _ in chosen))
-    head = [f"{net}, {chosen[net, next(iter(streams)), 'raw'][1]:g}" for net in nets] if which else nets
-    yield "| stream | inputs | " + " | ".join([*head, *(OTHERS if which else ())]) + " |"
-    yield "| --- | --- |" + " --- |" * (len(nets) + (len(OTHERS) if which else 0))
+    first, others = next(iter(streams)), OTHERS if which == "one" else ()
+    head = [f"{net}, {chosen[net, first, 'raw'].one:g}" if which == "one" else net for net in nets]
+    yield "| stream | inputs | " + " | ".join([*head, *others]) + " |"
+    yield "| --- | --- |" + " --- |" * (len(nets) + len(others))
     for stream, samples in streams.items():
         for inputs in INPUTS:
             errors = {
-                n: errors_of(n, stream, inputs, chosen[n, stream, inputs][which], samples, seeds, results) for n in nets
+                n: errors_of(n, stream, inputs, getattr(chosen[n, stream, inputs], which), samples, seeds, results)
+                for n in nets
             }
             best = min((fmean(e) for e in errors.values() if e), default=0.0)
             texts = []
@@ -136,11 +150,11 @@ def _table(
                     text = dot(mean) + (f" ± {dot(error)}" if len(found) > 1 else "")
                     text = f"**{text}**" if mean == best else text
                     text += "" if len(found) == len(seeds) else f", {len(found)} seeds"
-                    if not which:
-                        rate, rates = chosen[net, stream, inputs][0], CONTENDERS[net].rates
+                    if which != "one":
+                        rate, rates = getattr(chosen[net, stream, inputs], which), CONTENDERS[net].rates
                         text += f" ({rate:g}{'*' if rate in (rates[0], rates[-1]) else ''})"
                 texts.append(text)
-            for name in OTHERS if which else ():
+            for name in others:
                 other = results.get(OtherRun(stream, name, samples))
                 seen = other is not None and (inputs == "raw") != (name == "scaler + linear model")
                 texts.append(dot(other["error"]) if seen and other is not None else "")
@@ -176,9 +190,9 @@ def figure(streams: Mapping[str, int], seeds: Sequence[int], chosen: Chosen, res
         for j, inputs in enumerate(INPUTS):
             ax = axes[2 * (i // columns) + j, i % columns]
             for net in dict.fromkeys(net for net, _, _ in chosen):
-                rate = chosen[net, stream, inputs][1]
+                rate = chosen[net, stream, inputs].one
                 runs = [StreamRun(stream, inputs, CONTENDERS[net], rate, s, n) for s in seeds]
-                blocks = [results[run]["blocks"] for run in runs if run in results]
+                blocks = [results[run]["blocks"] for run in runs if "blocks" in results.get(run, ())]
                 if blocks:
                     mean = np.mean(blocks, axis=0)
                     running = np.cumsum(mean) / np.arange(1, len(mean) + 1)
