@@ -23,6 +23,7 @@ CHOSEN = [
     bnp("BNP-SGD, ρ = .9", "sgd", stat_decay=0.9, var_rel_eps=1e-4, var_eps=1e-3),
     bnp("BNP-AdamW, unbounded", "adamw", step_scale=None),
     bnp("BNP-SGD, feature floors", "sgd", "feature floors"),
+    bnp("BNP-SGD, first floors", "sgd", "first floors"),
     bnp("BNP-AdamW, geometric floors", "adamw", "geometric floors"),
 ]
 

@@ -212,10 +212,27 @@ def geometric_floors() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def first_floors() -> Iterator[None]:
+    """Inside, the first layer's floors are those of :func:`feature_floors`, the other layers' as ever.
+
+    For small nets, whose layers are in one bank in the order of the model.
+    """
+
+    def invert(self: StatisticsBank, values: Any) -> None:
+        floor = self.options.var_rel_eps * values.variance.amax(1, keepdim=True) + values.variance
+        floor[0] = values.variance[0] * (1 + self.options.var_rel_eps)
+        torch.rsqrt(floor + self.options.var_eps, out=values.inv_std)
+
+    with mock.patch.object(StatisticsBank, "_invert", invert):
+        yield
+
+
 VARIANTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "positions": positions,
     "feature floors": feature_floors,
     "geometric floors": geometric_floors,
+    "first floors": first_floors,
 }
 
 

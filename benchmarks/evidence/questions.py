@@ -123,6 +123,12 @@ QUESTIONS: dict[str, Question | StreamQuestion] = {
             tuple((s, i) for i in INPUTS for s in streams.SAMPLES if s not in ("Bananas", "ImageSegments, shift")),
         ),
         StreamQuestion(
+            "fold_samples",
+            "After how many samples of a raw stream?",
+            _around({f"after {k}": {"fold": k} for k in (5, 20, 50, 100)}),
+            tuple((s, "raw") for s in streams.SAMPLES if s not in ("Bananas", "ImageSegments, shift")),
+        ),
+        StreamQuestion(
             "stat_decay",
             "How long a memory, under shift and drift?",
             _around({f"ρ = {r}": {"stat_decay": r} for r in (0.9, 0.99, 0.999)}),
@@ -140,6 +146,7 @@ QUESTIONS: dict[str, Question | StreamQuestion] = {
                 "ε1 = 0.01, folded": {"fold": 20},
                 "ε1 = 0, folded": {"fold": 20, "var_rel_eps": 0.0},
                 "geometric mean, folded": {"fold": 20, "variant": "geometric floors"},
+                "own in the first layer, folded": {"fold": 20, "variant": "first floors"},
             }),
             (("ImageSegments", "raw"), ("Agrawal, drift", "raw"), ("Shuttle", "raw"), ("TrumpApproval", "raw"),
              ("ImageSegments", "scaled")),

@@ -38,7 +38,7 @@ def supports(contender: Contender) -> bool:
         and contender.norm in ("none", "on")
         and set(options) <= _OPTIONS
         and options.get("step_scale", "trace") in ("trace", None)
-        and contender.variant in ("", "feature floors", "geometric floors")
+        and contender.variant in ("", "feature floors", "geometric floors", "first floors")
     )
 
 
@@ -48,6 +48,7 @@ class Statistics:
 
     contender: Contender
     mean: Tensor
+    first: bool
     variance: Tensor = field(init=False)
     count: int = 0
 
@@ -73,7 +74,7 @@ class Statistics:
 
     def _floored(self) -> Tensor:
         variance = self.variance
-        if self.contender.variant == "feature floors":
+        if self.contender.variant == "feature floors" or (self.contender.variant == "first floors" and self.first):
             return variance * (1 + self.rel) + self.eps
         if self.contender.variant == "geometric floors":
             return variance + self.rel * (variance + self.eps).log().mean(1, keepdim=True).exp() + self.eps
@@ -152,7 +153,7 @@ class Stack:
         self.adams = [Adam(w, self.rates) for w in self.weights] if self.adaptive else []
         self.bias_adams = [None if b is None else Adam(b, self.rates) for b in self.biases] if self.adaptive else []
         self.statistics = [
-            Statistics(contender, torch.zeros(len(models), w.shape[2], dtype=w.dtype))
+            Statistics(contender, torch.zeros(len(models), w.shape[2], dtype=w.dtype), w is first)
             for w in (self.weights if contender.bnp is not None else ())
         ]
         self.norms = [
