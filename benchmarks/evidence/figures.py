@@ -62,8 +62,9 @@ def convergence_figure(scope: Scope, cells: dict[tuple[str, int, str], Cell], re
             ax.grid(True, alpha=0.3)
     for ax in axes[:, 0]:
         ax.set_ylabel("test accuracy")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=min(len(labels), 10), frameon=False)
+    handles = {label: h for ax in axes[0] for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    shown = [name for name in STYLES if name in handles]
+    figure.legend([handles[n] for n in shown], shown, loc="lower center", ncols=len(shown), frameon=False)
     figure.suptitle(TASKS[scope.task].title + ", constant rate")
     figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(path, dpi=110)

@@ -110,7 +110,7 @@ PRESETS = {
             "short",
             (
                 Scope(
-                    "fashion", SHORT["fashion"], _MAIN, whole_grid=False, slow=((64, "constant"), (1, "constant")),
+                    "fashion", SHORT["fashion"], _MAIN, whole_grid=False, slow=((64, "constant"), (16, "constant"), (1, "constant")),
                     slow_seeds=(1, 2),
                 ),
                 Scope(

@@ -212,7 +212,7 @@ def figure(streams: Mapping[str, int], seeds: Sequence[int], chosen: Chosen, res
     for ax in axes[-1]:
         ax.set_xlabel("samples")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    grid.legend(handles, labels, loc="lower center", ncols=6, frameon=False)
-    grid.tight_layout(rect=(0, 0.035, 1, 1))
+    grid.legend(handles, labels, loc="lower center", ncols=6 if columns > 2 else 3, frameon=False)
+    grid.tight_layout(rect=(0, 0.035 if columns > 2 else 0.09, 1, 1))
     grid.savefig(path, dpi=100)
     plt.close(grid)
