@@ -99,6 +99,7 @@ SHORT = {
     "fashion": {1: 5_000, 16: 12_800, 64: 32_000, 256: 51_200},
     "cifar": {1: 2_000, 16: 6_400, 64: 8_192, 256: 12_800},
 }
+_SLOW = tuple((batch_size, "constant") for batch_size in (64, 16, 1))
 _MAIN = tuple(name for name in CONTENDERS if name != "Shampoo")
 _LEAN = ("SGD", "BNP-SGD", "momentum", "BNP-momentum", "AdamW", "BNP-AdamW", "Muon", "BNP-Muon", "BN + SGD",
          "BN + AdamW", "LN + AdamW", "GN + AdamW", "BNP-momentum, two-sided, spectral", "SOAP")  # fmt: skip
@@ -110,7 +111,7 @@ PRESETS = {
             "short",
             (
                 Scope(
-                    "fashion", SHORT["fashion"], _MAIN, whole_grid=False, slow=((64, "constant"), (16, "constant"), (1, "constant")),
+                    "fashion", SHORT["fashion"], _MAIN, whole_grid=False, slow=_SLOW,
                     slow_seeds=(1, 2),
                 ),
                 Scope(

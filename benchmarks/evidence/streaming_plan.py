@@ -10,22 +10,39 @@ from benchmarks.evidence.contenders import CONTENDERS
 from benchmarks.evidence.progressive import StreamRun
 from benchmarks.evidence.streams import Inputs
 
-NETS = ("SGD", "BNP-SGD", "AdamW", "BNP-AdamW", "ON + SGD", "ON + AdamW")
+NETS = ("SGD", "BNP-SGD", "BNP-SGD, folded", "AdamW", "BNP-AdamW", "BNP-AdamW, folded", "ON + SGD", "ON + AdamW")
+FOLDED, FOLD_AFTER = ", folded", 20
 INPUTS: tuple[Inputs, ...] = ("raw", "scaled")
 TUNING_SEED = 0
 SEEDS = (1, 2, 3, 4, 5)
 QUICK = {"ImageSegments": 1000, "Phishing": 1250}
 
 
+def rates_of(net: str) -> tuple[float, ...]:
+    """Its grid."""
+    return CONTENDERS[net.removesuffix(FOLDED)].rates
+
+
+def run_of(net: str, stream: str, inputs: Inputs, rate: float, seed: int, samples: int) -> StreamRun:
+    """A run of one of NETS; the folded ones call :func:`bnp_optim.fold_normalization` after FOLD_AFTER samples."""
+    contender, fold = CONTENDERS[net.removesuffix(FOLDED)], FOLD_AFTER if net.endswith(FOLDED) else 0
+    return StreamRun(stream, inputs, contender, rate, seed, samples, fold)
+
+
+def net_of(run: StreamRun) -> str:
+    """The reverse."""
+    return run.contender.name + FOLDED * bool(run.fold)
+
+
 def all_runs(streams: Mapping[str, int], nets: Sequence[str], seeds: Sequence[int]) -> list[StreamRun]:
     """Every net at every rate."""
     return [
-        StreamRun(stream, inputs, CONTENDERS[net], rate, seed, samples)
+        run_of(net, stream, inputs, rate, seed, samples)
         for net in nets
         for stream, samples in streams.items()
         for inputs in INPUTS
         for seed in seeds
-        for rate in CONTENDERS[net].rates
+        for rate in rates_of(net)
     ]
 
 
@@ -52,11 +69,10 @@ def chosen_rates(
     """
     chosen = {}
     for net in nets:
-        rates = CONTENDERS[net].rates
+        rates = rates_of(net)
         grid = {
             (stream, inputs): [
-                results.get(StreamRun(stream, inputs, CONTENDERS[net], r, TUNING_SEED, samples), {}).get("error")
-                for r in rates
+                results.get(run_of(net, stream, inputs, r, TUNING_SEED, samples), {}).get("error") for r in rates
             ]
             for stream, samples in streams.items()
             for inputs in INPUTS

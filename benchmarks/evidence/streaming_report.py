@@ -15,19 +15,33 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks.documents import compact, environment
-from benchmarks.evidence.contenders import CONTENDERS
 from benchmarks.evidence.progressive import OTHERS, OtherRun, StreamRun
 from benchmarks.evidence.runner import Cache
-from benchmarks.evidence.streaming_plan import INPUTS, TUNING_SEED, Rates, all_runs, chosen_rates
+from benchmarks.evidence.streaming_plan import (
+    INPUTS,
+    TUNING_SEED,
+    Rates,
+    all_runs,
+    chosen_rates,
+    net_of,
+    rates_of,
+    run_of,
+)
 from benchmarks.evidence.streams import SAMPLES, load
 from benchmarks.report import dot, made_with, mean_and_error
 
 Results = Mapping[Any, Mapping[str, Any]]
 Chosen = Mapping[tuple[str, str, str], Rates]
 COLORS = {
-    "SGD": ("#56B4E9", "--"), "BNP-SGD": ("#0072B2", "-"), "AdamW": ("#E69F00", "--"), "BNP-AdamW": ("#D55E00", "-"),
-    "ON + SGD": ("#999999", "--"), "ON + AdamW": ("#666666", ":"),
-}  # fmt: skip
+    "SGD": ("#56B4E9", "--"),
+    "BNP-SGD": ("#0072B2", "-"),
+    "BNP-SGD, folded": ("#0072B2", ":"),
+    "AdamW": ("#E69F00", "--"),
+    "BNP-AdamW": ("#D55E00", "-"),
+    "BNP-AdamW, folded": ("#D55E00", ":"),
+    "ON + SGD": ("#999999", "--"),
+    "ON + AdamW": ("#666666", "-."),
+}
 
 
 def write(
@@ -48,7 +62,10 @@ def write(
         },
         "environment": environment(),
         "cpu_seconds": round(sum(r["seconds"] for r in results.values()), 1),
-        "runs": [{"key": run.key, **run.describe(), "result": _slim(run, r, chosen)} for run, r in results.items()],
+        "runs": [
+            {"key": run.key, **run.describe(), **_name(run), "result": _slim(run, r, chosen)}
+            for run, r in results.items()
+        ],
     }
     stem = "streaming_quick" if quick else "streaming"
     output.mkdir(parents=True, exist_ok=True)
@@ -60,9 +77,13 @@ def write(
     return text
 
 
+def _name(run: Any) -> dict[str, str]:
+    return {"method": net_of(run)} if isinstance(run, StreamRun) else {}
+
+
 def _slim(run: Any, result: dict[str, Any], chosen: Chosen) -> dict[str, Any]:
     """Without the course of the error but for what the figure shows: thousands of runs are published."""
-    rates = chosen.get((run.contender.name, run.stream, run.inputs)) if isinstance(run, StreamRun) else None
+    rates = chosen.get((net_of(run), run.stream, run.inputs)) if isinstance(run, StreamRun) else None
     if rates is not None and run.learning_rate != rates.one:
         return {k: v for k, v in result.items() if k != "blocks"}
     return result
@@ -72,7 +93,7 @@ def errors_of(
     net: str, stream: str, inputs: str, rate: float, samples: int, seeds: Sequence[int], results: Results
 ) -> list[float]:
     """Progressive errors by reporting seed."""
-    runs = [StreamRun(stream, inputs, CONTENDERS[net], rate, s, samples) for s in seeds]  # type: ignore[arg-type]
+    runs = [run_of(net, stream, inputs, rate, s, samples) for s in seeds]  # type: ignore[arg-type]
     return [results[run]["error"] for run in runs if run in results]
 
 
@@ -118,7 +139,8 @@ def markdown(
         "",
         *_grids(streams, seeds, chosen, results),
         "",
-        "BNP with all its defaults. ON: Online Normalization after every hidden layer. scaled: river's StandardScaler, "
+        "BNP with all its defaults; folded: after fold_normalization on the first 20 samples, which are predicted but "
+        "not learned from. ON: Online Normalization after every hidden layer. scaled: river's StandardScaler, "
         "running. river's models with their defaults; the linear one sees scaled inputs always.",
         "",
         made_with(document["environment"], document["cpu_seconds"]),
@@ -151,7 +173,7 @@ def _table(
                     text = f"**{text}**" if mean == best else text
                     text += "" if len(found) == len(seeds) else f", {len(found)} seeds"
                     if which != "one":
-                        rate, rates = getattr(chosen[net, stream, inputs], which), CONTENDERS[net].rates
+                        rate, rates = getattr(chosen[net, stream, inputs], which), rates_of(net)
                         text += f" ({rate:g}{'*' if rate in (rates[0], rates[-1]) else ''})"
                 texts.append(text)
             for name in others:
@@ -163,15 +185,15 @@ def _table(
 
 def _grids(streams: Mapping[str, int], seeds: Sequence[int], chosen: Chosen, results: Results) -> Iterable[str]:
     nets = list(dict.fromkeys(net for net, _, _ in chosen))
-    for kind in dict.fromkeys(CONTENDERS[net].rates for net in nets):
+    for kind in dict.fromkeys(rates_of(net) for net in nets):
         yield "| method | stream | inputs | " + " | ".join(f"{r:g}" for r in kind) + " |"
         yield "| --- | --- | --- |" + " --- |" * len(kind)
-        for net in (n for n in nets if CONTENDERS[n].rates == kind):
+        for net in (n for n in nets if rates_of(n) == kind):
             for stream, samples in streams.items():
                 for inputs in INPUTS:
                     texts = []
                     for rate in kind:
-                        runs = [StreamRun(stream, inputs, CONTENDERS[net], rate, s, samples) for s in seeds]
+                        runs = [run_of(net, stream, inputs, rate, s, samples) for s in seeds]
                         found = [results[run] for run in runs if run in results]
                         mark = "†" * any(r["diverged"] for r in found)
                         texts.append(dot(fmean(r["error"] for r in found)) + mark if found else "not run")
@@ -191,7 +213,7 @@ def figure(streams: Mapping[str, int], seeds: Sequence[int], chosen: Chosen, res
             ax = axes[2 * (i // columns) + j, i % columns]
             for net in dict.fromkeys(net for net, _, _ in chosen):
                 rate = chosen[net, stream, inputs].one
-                runs = [StreamRun(stream, inputs, CONTENDERS[net], rate, s, n) for s in seeds]
+                runs = [run_of(net, stream, inputs, rate, s, n) for s in seeds]
                 blocks = [results[run]["blocks"] for run in runs if "blocks" in results.get(run, ())]
                 if blocks:
                     mean = np.mean(blocks, axis=0)
@@ -212,7 +234,7 @@ def figure(streams: Mapping[str, int], seeds: Sequence[int], chosen: Chosen, res
     for ax in axes[-1]:
         ax.set_xlabel("samples")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    grid.legend(handles, labels, loc="lower center", ncols=6 if columns > 2 else 3, frameon=False)
+    grid.legend(handles, labels, loc="lower center", ncols=8 if columns > 2 else 3, frameon=False)
     grid.tight_layout(rect=(0, 0.035 if columns > 2 else 0.09, 1, 1))
     grid.savefig(path, dpi=100)
     plt.close(grid)
