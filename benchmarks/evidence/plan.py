@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.evidence.contenders import CONTENDERS, Contender
@@ -92,7 +92,7 @@ class Preset:
 
     name: str
     scopes: tuple[Scope, ...]
-    note: str = field(default="")
+    note: str = ""
 
 
 SHORT = {

@@ -58,6 +58,7 @@ def markdown(scope: Scope, preset: Preset, cells: Cells, document: Mapping[str, 
         "",
         "Samples seen, by batch size: " + ", ".join(f"{n:,} at {b}" for b, n in scope.samples.items()) + ". "
         + (f"**Trimmed**: the full protocol has {full}. " if full else "")
+        + (f"Preset {preset.name}: {preset.note}. " if preset.note else "")
         + "Every method has the same grid of its kind on seed 0; the first table shows the reporting seeds "
         + f"({', '.join(map(str, scope.seeds))}) at the rate chosen there. Test accuracy, mean ± standard error; "
         + f"a run that diverged scores {dot(task.chance, 1)}.",
