@@ -214,6 +214,7 @@ def test_samples_to_an_accuracy_are_read_off_the_mean_curve() -> None:
     assert samples_to(curves, 0.75) == pytest.approx(30)
     assert samples_to(curves, 0.05) == pytest.approx(5)
     assert samples_to(curves, 0.95) is None
+    assert samples_to([[(10, 0.6), (20, 0.4), (30, 0.8)]], 0.5) == pytest.approx(22.5)  # for good
 
 
 def test_step_times_are_kept_beside_those_of_before(tmp_path: Path) -> None:

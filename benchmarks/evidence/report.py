@@ -156,8 +156,8 @@ def _times(scope: Scope, cells: Cells, results: Results, times: Mapping[int, Map
     target, batch_sizes = TARGETS[scope.task], [b for b in sorted(scope.samples) if b in times]
     yield f"\n## Time to {dot(target, 2)}\n"
     yield "Constant rate, chosen by the accuracy at the end (not for speed). CPU seconds = steps until the mean curve"
-    yield "of the reporting seeds reaches the accuracy × the median of a step, measured in turn with all others; in"
-    yield "brackets samples and milliseconds per step.\n"
+    yield "of the reporting seeds reaches the accuracy for good × the median of a step, measured in turn with all"
+    yield "others; in brackets samples and milliseconds per step.\n"
     yield "| method | " + " | ".join(f"batch {b}" for b in batch_sizes) + " |"
     yield "| --- |" + " --- |" * len(batch_sizes)
     for name in scope.contenders:

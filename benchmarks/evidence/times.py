@@ -69,12 +69,14 @@ def load_times(path: Path) -> dict[int, dict[str, float]]:
 
 
 def samples_to(curves: Sequence[Sequence[tuple[int, float]]], target: float) -> float | None:
-    """Samples until the mean of ``curves`` (all with the same points) reaches ``target``, between points linearly."""
-    before = (0, 0.0)
+    """Samples until the mean of ``curves`` (all with the same points) reaches ``target`` for good, between points
+    linearly."""
+    found, before = None, (0, 0.0)
     for points in zip(*curves, strict=True):
         n, mean = points[0][0], statistics.fmean(a for _, a in points)
-        if mean >= target:
-            share = (target - before[1]) / (mean - before[1])
-            return before[0] + share * (n - before[0])
+        if mean < target:
+            found = None
+        elif found is None:
+            found = before[0] + (target - before[1]) / (mean - before[1]) * (n - before[0])
         before = (n, mean)
-    return None
+    return found
