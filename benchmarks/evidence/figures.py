@@ -64,9 +64,15 @@ def convergence_figure(scope: Scope, cells: dict[tuple[str, int, str], Cell], re
         ax.set_ylabel("test accuracy")
     handles = {label: h for ax in axes[0] for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     shown = [name for name in STYLES if name in handles]
-    figure.legend([handles[n] for n in shown], shown, loc="lower center", ncols=len(shown), frameon=False)
+    figure.legend(
+        [handles[n] for n in shown],
+        shown,
+        loc="lower center",
+        ncols=min(len(shown), 4 * len(batch_sizes)),
+        frameon=False,
+    )
     figure.suptitle(TASKS[scope.task].title + ", constant rate")
-    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    figure.tight_layout(rect=(0, 0.04 if len(shown) <= 4 * len(batch_sizes) else 0.07, 1, 1))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
