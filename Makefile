@@ -5,6 +5,7 @@ PYTHON ?= python3
 DATA_DIR ?= data
 PYTEST_ARGS ?=
 OVERHEAD_ARGS ?=
+EVIDENCE_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,7 +17,7 @@ TORCH_PIN := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 .DELETE_ON_ERROR:
 .PHONY: help venv test test-all test-deep-river lint format demo benchmark-quick benchmark-overhead benchmark-sampling \
 	benchmark-layers benchmark-sequences benchmark-curvature benchmark-scale benchmark-theory benchmark-gamma-decay \
-	build clean
+	benchmark-convergence benchmark-streaming benchmark-ablations build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-22s %s\n", $$1, $$2 }' Makefile
@@ -71,6 +72,18 @@ demo: $(STAMP) ## run the demo
 
 benchmark-quick: $(STAMP) ## run the quick convergence benchmark (DATA_DIR=path/to/data)
 	$(BIN)/python -m benchmarks.convergence --quick --data-dir "$(DATA_DIR)"
+
+benchmark-convergence: $(STAMP) ## accuracy against all peers: days (EVIDENCE_ARGS="--preset short": hours; DATA_DIR=…)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[benchmarks]"
+	$(BIN)/python -m benchmarks.convergence --data-dir "$(DATA_DIR)" $(EVIDENCE_ARGS)
+
+benchmark-streaming: $(STAMP) ## river's streams, predict then learn, about 10 minutes (EVIDENCE_ARGS=--quick: one)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[benchmarks]"
+	$(BIN)/python -m benchmarks.streaming $(EVIDENCE_ARGS)
+
+benchmark-ablations: $(STAMP) ## which default is best (EVIDENCE_ARGS="--only fold": one question; DATA_DIR=…)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[benchmarks]"
+	$(BIN)/python -m benchmarks.ablations --data-dir "$(DATA_DIR)" $(EVIDENCE_ARGS)
 
 benchmark-overhead: $(STAMP) ## measure what a training step costs, about 1.5 hours (OVERHEAD_ARGS=--quick: 2 minutes)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[benchmarks]"

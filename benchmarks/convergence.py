@@ -1,6 +1,8 @@
-"""Accuracy after one pass at a constant learning rate, BNP against its plain bases.
+"""Accuracy on real data: BNP, its plain bases, and their peers.
 
-    python -m benchmarks.convergence --quick --data-dir data
+    python -m benchmarks.convergence --data-dir data                   # all of it: see benchmarks/evidence/plan.py
+    python -m benchmarks.convergence --preset short --data-dir data    # trimmed
+    python -m benchmarks.convergence --quick --data-dir data           # MNIST, BNP against its plain bases
 
 The protocol of --quick: MNIST, pixels / 255 and nothing else; MLP 784-100-100-100-10, ReLU, torch's
 default initialization; cross-entropy; one pass in a shuffled order over all 60,000 training images at batch
@@ -14,28 +16,25 @@ Finished runs are kept under OUTPUT/.cache and skipped the next time.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import shutil
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from datetime import datetime, timezone
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 try:
-    import matplotlib
-    import numpy as np
+    import matplotlib  # noqa: F401
+    import numpy  # noqa: F401
     from tqdm import tqdm
 except ImportError as error:
     sys.exit(f"benchmarks need {error.name}: pip install numpy matplotlib tqdm")
 
-import torch
-
 from benchmarks.data import DataMissingError, check_mnist
+from benchmarks.documents import compact, environment
+from benchmarks.evidence import command
 from benchmarks.plots import plot
 from benchmarks.report import markdown, summarize
 from benchmarks.runs import Run, load_result, package_digest, start_worker, train_and_keep
@@ -90,28 +89,6 @@ def run_all(runs: Sequence[Run], data_dir: Path, cache: Path, workers: int) -> l
     return [result for result in results.values() if result is not None]
 
 
-def environment() -> dict[str, Any]:
-    """What the numbers were had with."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "matplotlib": matplotlib.__version__,
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
-        "bnp_optim_digest": package_digest(),
-    }
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def write_report(results: list[dict[str, Any]], output: Path) -> str:
     """Write the JSON, the Markdown and the PNG; returns the Markdown."""
     summary = summarize(results, TARGETS)
@@ -139,26 +116,21 @@ def write_report(results: list[dict[str, Any]], output: Path) -> str:
     return text
 
 
-def compact(document: dict[str, Any]) -> str:
-    """Indented JSON with one line per run, so that a change of a run is a change of a line."""
-    runs = ",\n".join(f"    {json.dumps(run)}" for run in document["runs"])
-    head = json.dumps({**document, "runs": []}, indent=2)
-    return head.replace('"runs": []', f'"runs": [\n{runs}\n  ]')
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser("python -m benchmarks.convergence", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="MNIST, one MLP, five seeds (the only mode so far)")
+    parser.add_argument("--quick", action="store_true", help="MNIST, one MLP, five seeds, few rates: minutes")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="the folder that holds mnist/ (data)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="(%(default)s)")
     parser.add_argument("--fresh", action="store_true", help="discard finished runs")
+    command.add_options(parser)
     args = parser.parse_args(arguments)
-    if not args.quick:
-        parser.error("only --quick exists so far: add it")
     if args.workers < 1:
         parser.error(f"--workers is {args.workers}, it must be at least 1")
+    if not args.quick:
+        command.main(args)
+        return
     try:
         check_mnist(args.data_dir)
     except DataMissingError as error:

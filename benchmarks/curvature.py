@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.convergence import environment
+from benchmarks.documents import environment
 from benchmarks.memory import peak_bytes
 from bnp_optim import BNPreconditioner
 from bnp_optim.curvature import HessianOperator, estimate_conditioning, lanczos

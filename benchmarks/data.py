@@ -1,4 +1,4 @@
-"""MNIST from its four idx files, as tensors."""
+"""MNIST and Fashion-MNIST from their four idx files, as tensors."""
 
 from __future__ import annotations
 
@@ -31,25 +31,26 @@ class Split(NamedTuple):
     test_y: Tensor
 
 
-def check_mnist(data_dir: Path) -> None:
+def check_mnist(data_dir: Path, folder: str = "mnist") -> None:
     """Raise DataMissingError, in one sentence, unless the four files are in ``data_dir/mnist``."""
-    missing = [name for name, _, _ in _FILES.values() if not (data_dir / "mnist" / name).is_file()]
+    missing = [name for name, _, _ in _FILES.values() if not (data_dir / folder / name).is_file()]
     if missing:
+        kind = "FashionMNIST" if folder == "fashion-mnist" else "MNIST"
         raise DataMissingError(
-            f"{data_dir / 'mnist'} lacks {', '.join(missing)}: point --data-dir at the folder that holds "
-            "mnist/ with the four original .gz files (torchvision.datasets.MNIST downloads the same ones)"
+            f"{data_dir / folder} lacks {', '.join(missing)}: point --data-dir at the folder that holds "
+            f"{folder}/ with the four original .gz files (torchvision.datasets.{kind} downloads the same ones)"
         )
 
 
-def load_mnist(data_dir: Path) -> Split:
-    """The whole of MNIST; pixels are divided by 255 and not standardized further.
+def load_mnist(data_dir: Path, folder: str = "mnist") -> Split:
+    """The whole of MNIST, or of another set in its format; pixels are divided by 255 and not standardized further.
 
     Raises:
         DataMissingError: if a file is missing.
         ValueError: if a file is no idx file of the expected kind.
     """
-    check_mnist(data_dir)
-    raw = {key: _read_idx(data_dir / "mnist" / name, magic, skip) for key, (name, magic, skip) in _FILES.items()}
+    check_mnist(data_dir, folder)
+    raw = {key: _read_idx(data_dir / folder / name, magic, skip) for key, (name, magic, skip) in _FILES.items()}
     return Split(
         _images(raw["train_x"]), torch.from_numpy(raw["train_y"]).long(),
         _images(raw["test_x"]), torch.from_numpy(raw["test_y"]).long(),

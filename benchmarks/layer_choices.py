@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.convergence import environment
 from benchmarks.data import DataMissingError
+from benchmarks.documents import environment
 from benchmarks.layer_report import plot, write
 from benchmarks.layer_variants import (
     CONTEXT,

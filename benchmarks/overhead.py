@@ -81,7 +81,7 @@ def run_all(rows: Sequence[Row], cache: Path) -> list[dict[str, Any]]:
 
 def describe(args: argparse.Namespace) -> dict[str, Any]:
     """What the numbers were had with."""
-    from benchmarks.convergence import environment  # draws too, and measuring processes import this module
+    from benchmarks.documents import environment  # draws too, and measuring processes import this module
 
     found = environment()
     machine, bf16 = found.pop("cpu"), None

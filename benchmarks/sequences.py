@@ -21,8 +21,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from benchmarks.convergence import compact, environment, run_all
+from benchmarks.convergence import run_all
 from benchmarks.data import DataMissingError, check_mnist
+from benchmarks.documents import compact, environment
 from benchmarks.plots import plot
 from benchmarks.report import best_cell, by_cell, cells_of, dot, edges, made_with, mean_and_error, rates_table
 from benchmarks.runs import Run, package_digest

@@ -11,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Norm = Literal["none", "bn", "ln"]
+from benchmarks.evidence.online_norm import OnlineNorm
+
+Norm = Literal["none", "bn", "ln", "gn", "on"]
+OWN_BIAS = ("bn", "on")  # after a layer these take its mean away, so its bias stays away
 Batch = tuple[Tensor, Tensor]
 
 
@@ -20,8 +23,8 @@ class Workload:
     """A net at some batch sizes.
 
     Args:
-        build: The net with a normalization after every hidden layer: "none", "bn" (BatchNorm) or "ln" (LayerNorm;
-            GroupNorm(1, C) in convolutional nets). A layer before BatchNorm has no bias: the norm's takes its place.
+        build: The net with a normalization after every hidden layer: "none", "bn" (BatchNorm), "ln" (LayerNorm;
+            GroupNorm(1, C) in convolutional nets), "gn" (GroupNorm) or "on" (Online Normalization).
         data: Inputs and targets of a batch of that many samples.
         loss: A mean over the batch (and over positions where there are any).
         norms: The normalizations that make sense.
@@ -45,24 +48,37 @@ def mlp(widths: Sequence[int], norm: Norm) -> nn.Sequential:
     """Linear, norm, ReLU for each hidden layer; a plain Linear at the end, called ``head``."""
     net = nn.Sequential()
     for i, (n_in, n_out) in enumerate(pairwise(widths[:-1]), start=1):
-        net.add_module(f"fc{i}", nn.Linear(n_in, n_out, bias=norm != "bn"))
+        net.add_module(f"fc{i}", nn.Linear(n_in, n_out, bias=norm not in OWN_BIAS))
         if norm != "none":
-            net.add_module(f"norm{i}", nn.BatchNorm1d(n_out) if norm == "bn" else nn.LayerNorm(n_out))
+            net.add_module(f"norm{i}", norm1d(n_out, norm))
         net.add_module(f"relu{i}", nn.ReLU())
     net.add_module("head", nn.Linear(widths[-2], widths[-1]))
     return net
 
 
+def norm1d(channels: int, norm: Norm) -> nn.Module:
+    """The normalization of ``channels``; groups are ten channels wide, or eight."""
+    if norm == "on":
+        return OnlineNorm(channels)
+    if norm == "gn":
+        return nn.GroupNorm(channels // (8 if channels % 8 == 0 else 10), channels)
+    return nn.BatchNorm1d(channels) if norm == "bn" else nn.LayerNorm(channels)
+
+
 def norm2d(channels: int, norm: Norm) -> nn.Module:
-    """The normalization of ``channels`` × height × width."""
+    """The normalization of ``channels`` × height × width; groups are eight channels wide."""
     if norm == "none":
         return nn.Identity()
+    if norm == "on":
+        return OnlineNorm(channels)
+    if norm == "gn":
+        return nn.GroupNorm(channels // 8, channels)
     return nn.BatchNorm2d(channels) if norm == "bn" else nn.GroupNorm(1, channels)
 
 
 def conv(n_in: int, n_out: int, size: int, norm: Norm, stride: int = 1) -> nn.Conv2d:
-    """A zero-padded convolution; its bias stays away where BatchNorm has one."""
-    return nn.Conv2d(n_in, n_out, size, stride, padding=size // 2, bias=norm != "bn")
+    """A zero-padded convolution; its bias stays away where the norm's takes its place."""
+    return nn.Conv2d(n_in, n_out, size, stride, padding=size // 2, bias=norm not in OWN_BIAS)
 
 
 def cnn(norm: Norm) -> nn.Sequential:

@@ -1,6 +1,7 @@
 """Normalization as preconditioning for PyTorch."""
 
 from bnp_optim.combined import CombinedOptimizer
+from bnp_optim.fold import fold_normalization
 from bnp_optim.layers import LayerAdapter, ModuleAdapter, Part, Rows, Samples, register_layer
 from bnp_optim.muon import BNPMuon
 from bnp_optim.named import BNPSGD, BNPAdam, BNPAdamW
@@ -20,6 +21,7 @@ __all__ = [
     "Part",
     "Rows",
     "Samples",
+    "fold_normalization",
     "register_layer",
 ]
 __version__ = "0.1.0"

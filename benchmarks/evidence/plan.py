@@ -1,0 +1,125 @@
+"""Which runs: first every rate on the tuning seed, then the reporting seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from benchmarks.evidence.contenders import CONTENDERS, Contender
+from benchmarks.evidence.engine import SCHEDULES, Run
+from benchmarks.evidence.tasks import TASKS
+
+TUNING_SEED = 0
+Results = Mapping[Run, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What of a task is measured.
+
+    Args:
+        samples: Seen in all, by batch size.
+        seeds: The reporting seeds.
+        whole_grid: Whether these run over the whole grid, or only at the rate that the tuning seed chose.
+        slow: Batch sizes and schedules of the slow contenders; None: all.
+        slow_seeds: Their reporting seeds; None: the same.
+    """
+
+    task: str
+    samples: Mapping[int, int]
+    contenders: tuple[str, ...] = tuple(CONTENDERS)
+    schedules: tuple[str, ...] = SCHEDULES
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    whole_grid: bool = True
+    slow: tuple[tuple[int, str], ...] | None = None
+    slow_seeds: tuple[int, ...] | None = None
+
+    def cells(self) -> Iterator[tuple[Contender, int, str]]:
+        """(contender, batch size, schedule), the quick contenders of a batch size first."""
+        for schedule in self.schedules:
+            for batch_size in self.samples:
+                for c in sorted((CONTENDERS[n] for n in self.contenders), key=lambda c: c.slow):
+                    left_out = c.slow and self.slow is not None and (batch_size, schedule) not in self.slow
+                    if not left_out and not impossible(c, batch_size):
+                        yield c, batch_size, schedule
+
+    def run(self, contender: Contender, batch_size: int, schedule: str, rate: float, seed: int) -> Run:
+        return Run(self.task, contender, rate, batch_size, self.samples[batch_size], seed, schedule)
+
+    def tuning(self) -> list[Run]:
+        """Every cell at every rate."""
+        return [self.run(c, b, s, rate, TUNING_SEED) for c, b, s in self.cells() for rate in c.rates]
+
+    def reporting(self, results: Results) -> list[Run]:
+        """Seed by seed, at the rates that ``results`` of the tuning choose; cells not tuned through are left out."""
+        runs = []
+        for seed in self.seeds:
+            for c, b, s in self.cells():
+                if c.slow and self.slow_seeds is not None and seed not in self.slow_seeds:
+                    continue
+                chosen = choose(self, c, b, s, results)
+                if chosen is not None:
+                    rates = c.rates if self.whole_grid else (chosen,)
+                    runs += [self.run(c, b, s, rate, seed) for rate in rates]
+        return runs
+
+    def only(self, contenders: Sequence[str] | None, batch_sizes: Sequence[int] | None) -> Scope:
+        """A part of it."""
+        return replace(
+            self,
+            contenders=tuple(n for n in self.contenders if contenders is None or n in contenders),
+            samples={b: n for b, n in self.samples.items() if batch_sizes is None or b in batch_sizes},
+        )
+
+
+def impossible(contender: Contender, batch_size: int) -> bool:
+    """Batch normalization has nothing to normalize in a batch of one."""
+    return contender.norm == "bn" and batch_size == 1
+
+
+def choose(scope: Scope, c: Contender, batch_size: int, schedule: str, results: Results) -> float | None:
+    """The rate with the best accuracy on the tuning seed, the lowest of equals; None if any rate is missing."""
+    found = [results.get(scope.run(c, batch_size, schedule, rate, TUNING_SEED)) for rate in c.rates]
+    if any(r is None for r in found):
+        return None
+    return max(zip(c.rates, found, strict=True), key=lambda pair: (pair[1]["accuracy"], -pair[0]))[0]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Scopes under a name; results of presets share the cache where they share runs."""
+
+    name: str
+    scopes: tuple[Scope, ...]
+    note: str = ""
+
+
+SHORT = {
+    "fashion": {1: 5_000, 16: 12_800, 64: 32_000, 256: 51_200},
+    "cifar": {1: 2_000, 16: 6_400, 64: 8_192, 256: 12_800},
+}
+_SLOW = tuple((batch_size, "constant") for batch_size in (64, 16, 1))
+_MAIN = tuple(name for name in CONTENDERS if name != "Shampoo")
+_LEAN = ("SGD", "BNP-SGD", "momentum", "BNP-momentum", "AdamW", "BNP-AdamW", "Muon", "BNP-Muon", "BN + SGD",
+         "BN + AdamW", "LN + AdamW", "GN + AdamW", "BNP-momentum, two-sided, spectral", "SOAP")  # fmt: skip
+PRESETS = {
+    p.name: p
+    for p in (
+        Preset("full", tuple(Scope(task.name, task.samples) for task in TASKS.values())),
+        Preset(
+            "short",
+            (
+                Scope(
+                    "fashion", SHORT["fashion"], _MAIN, whole_grid=False, slow=_SLOW,
+                    slow_seeds=(1, 2),
+                ),
+                Scope(
+                    "cifar", SHORT["cifar"], _LEAN, schedules=("constant",), seeds=(1, 2, 3),
+                    whole_grid=False,
+                ),
+            ),
+            "fewer tasks, samples and seeds; reporting seeds only at the rate that the tuning seed chose",
+        ),
+    )
+}  # fmt: skip

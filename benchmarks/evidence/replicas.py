@@ -1,0 +1,286 @@
+"""Many small nets on one stream at once: all learning rates and seeds of a contender, stacked.
+
+One step of a 32-32 net costs a fraction of a millisecond of arithmetic and several times that of overhead, so the
+nets of a stream are trained side by side as (replicas, outputs, inputs) tensors, forward, backward and BNP written out
+for batch size 1. tests/test_evidence_replicas.py holds it against BNPreconditioner, sample by sample; what is
+not written out here (:func:`supports`) is trained net by net.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from benchmarks.evidence.contenders import Contender
+from benchmarks.evidence.progressive import WIDTHS, StreamRun, score
+from benchmarks.evidence.runner import Cache, run_all, single_threaded
+from benchmarks.evidence.streams import Stream, load
+from benchmarks.workloads import mlp
+from bnp_optim import fold_normalization
+
+_OPTIONS = {"stat_decay", "var_rel_eps", "var_eps", "step_scale"}
+
+
+def supports(contender: Contender) -> bool:
+    """Whether it is written out: SGD, momentum and AdamW, Online Normalization, and BNP with some of its options."""
+    options = dict(contender.bnp or ())
+    return (
+        contender.base in ("sgd", "adamw")
+        and contender.norm in ("none", "on")
+        and set(options) <= _OPTIONS
+        and options.get("step_scale", "trace") in ("trace", None)
+        and contender.variant in ("", "feature floors", "geometric floors", "first floors")
+    )
+
+
+@dataclass
+class Statistics:
+    """BNP's of one layer, (replicas, inputs)."""
+
+    contender: Contender
+    mean: Tensor
+    first: bool
+    variance: Tensor = field(init=False)
+    count: int = 0
+
+    def __post_init__(self) -> None:
+        self.variance = torch.zeros_like(self.mean)
+        options = dict(self.contender.bnp or ())
+        self.decay = options.get("stat_decay", 0.99)
+        self.rel, self.eps = options.get("var_rel_eps", 1e-2), options.get("var_eps", 1e-4)
+        self.bounded = options.get("step_scale", "trace") is not None
+
+    def update(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Take in one sample; returns a − μ (0 while there is one sample only), 1/σ̃², and q²."""
+        self.count += 1
+        r = self.decay * (1 - self.decay ** (self.count - 1)) / (1 - self.decay**self.count)
+        delta = a - self.mean
+        self.mean = torch.add(self.mean, delta, alpha=1 - r)
+        self.variance = (r * self.variance).addcmul_(delta, delta, value=r * (1 - r))
+        inverse = self._floored().reciprocal_()
+        q2 = (
+            1 + (r * r) * (delta.square() * inverse).sum(1, keepdim=True) if self.bounded else torch.ones_like(a[:, :1])
+        )
+        return (r * delta if self.count > 1 else torch.zeros_like(delta)), inverse, q2
+
+    def _floored(self) -> Tensor:
+        variance = self.variance
+        if self.contender.variant == "feature floors" or (self.contender.variant == "first floors" and self.first):
+            return variance * (1 + self.rel) + self.eps
+        if self.contender.variant == "geometric floors":
+            return variance + self.rel * (variance + self.eps).log().mean(1, keepdim=True).exp() + self.eps
+        return variance + self.rel * variance.amax(1, keepdim=True) + self.eps
+
+
+class Adam:
+    """Moments of one parameter of all replicas, and the update that AdamW makes of them, without its decay."""
+
+    def __init__(self, like: Tensor, rates: Tensor) -> None:
+        self.mean, self.square, self.steps = torch.zeros_like(like), torch.zeros_like(like), 0
+        self.rates = rates.view(-1, *(1,) * (like.dim() - 1))
+
+    def update(self, gradient: Tensor) -> Tensor:
+        self.steps += 1
+        self.mean.lerp_(gradient, 0.1)
+        self.square.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+        root = self.square.sqrt().div_((1 - 0.999**self.steps) ** 0.5).add_(1e-8)
+        return (self.mean / root).mul_(self.rates * (-1 / (1 - 0.9**self.steps)))
+
+
+class Online:
+    """Online Normalization of one layer of all replicas, for one sample: see benchmarks/evidence/online_norm.py."""
+
+    A, B, EPS = 0.999, 0.99, 1e-5
+
+    def __init__(self, replicas: int, channels: int, rates: Tensor, adaptive: bool, like: Tensor) -> None:
+        def full(value: float) -> Tensor:
+            return torch.full((replicas, channels), value, dtype=like.dtype)
+
+        self.mean, self.variance, self.error_y, self.error_1 = full(0), full(1), full(0), full(0)
+        self.affine = [full(1), full(0)]
+        self.rates = rates[:, None]
+        self.adam = [Adam(p, rates) for p in self.affine] if adaptive else []
+
+    def forward(self, u: Tensor) -> Tensor:
+        self.inv_std = (self.variance + self.EPS).rsqrt()
+        delta = u - self.mean
+        self.variance = (self.A * self.variance).addcmul_(delta, delta, value=self.A * (1 - self.A))
+        self.mean = torch.add(self.mean, delta, alpha=1 - self.A)
+        self.y = delta * self.inv_std
+        z = self.y * self.affine[0] + self.affine[1]
+        self.inv_root = (z.square().mean(1, keepdim=True) + self.EPS).rsqrt()
+        self.out = z * self.inv_root
+        return self.out
+
+    def backward(self, g: Tensor) -> Tensor:
+        g = (g - (g * self.out).mean(1, keepdim=True) * self.out) * self.inv_root
+        gradients = [g * self.y, g]
+        g = g * self.affine[0]
+        g = torch.addcmul(g, self.error_y, self.y, value=self.B - 1)
+        self.error_y = torch.addcmul(self.error_y, g, self.y)
+        g = torch.addcmul((self.B - 1) * self.error_1, g, self.inv_std)
+        self.error_1 = self.error_1 + g
+        for i, gradient in enumerate(gradients):
+            if self.adam:
+                self.affine[i] = self.affine[i] * (1 - 0.01 * self.rates) + self.adam[i].update(gradient)
+            else:
+                self.affine[i] = self.affine[i] - self.rates * gradient
+        return g
+
+
+class Stack:
+    """The nets: weights (replicas, outputs, inputs) and biases (replicas, outputs) of each layer."""
+
+    def __init__(self, contender: Contender, models: Sequence[nn.Module], rates: Sequence[float]) -> None:
+        linear = [[m for m in model.modules() if isinstance(m, nn.Linear)] for model in models]
+        self.weights = [torch.stack([m.weight.detach() for m in same]) for same in zip(*linear, strict=True)]
+        self.biases = [
+            None if same[0].bias is None else torch.stack([m.bias.detach() for m in same])
+            for same in zip(*linear, strict=True)
+        ]
+        first = self.weights[0]
+        self.rates = torch.tensor(rates, dtype=first.dtype)
+        self.adaptive = contender.base == "adamw"
+        self.adams = [Adam(w, self.rates) for w in self.weights] if self.adaptive else []
+        self.bias_adams = [None if b is None else Adam(b, self.rates) for b in self.biases] if self.adaptive else []
+        self.statistics = [
+            Statistics(contender, torch.zeros(len(models), w.shape[2], dtype=w.dtype), w is first)
+            for w in (self.weights if contender.bnp is not None else ())
+        ]
+        self.norms = [
+            Online(len(models), w.shape[1], self.rates, self.adaptive, first)
+            for w in (self.weights[:-1] if contender.norm == "on" else ())
+        ]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs (replicas, outputs) for one sample (inputs,)."""
+        a = x.expand(len(self.rates), -1)
+        self.inputs: list[Tensor] = []
+        for i, (w, b) in enumerate(zip(self.weights, self.biases, strict=True)):
+            self.inputs.append(a)
+            a = torch.bmm(w, a.unsqueeze(2)).squeeze(2)
+            if b is not None:
+                a = a + b
+            if i < len(self.weights) - 1:
+                a = (self.norms[i].forward(a) if self.norms else a).relu()
+        return a
+
+    def learn(self, delta: Tensor) -> None:
+        """One step, given the loss's gradient with respect to the outputs."""
+        for i in range(len(self.weights) - 1, -1, -1):
+            below = torch.bmm(delta.unsqueeze(1), self.weights[i]).squeeze(1) if i else None
+            self._step(i, delta)
+            if below is not None:
+                delta = below * (self.inputs[i] > 0)
+                delta = self.norms[i - 1].backward(delta) if self.norms else delta
+
+    def _step(self, i: int, delta: Tensor) -> None:
+        w, b, a, rates = self.weights[i], self.biases[i], self.inputs[i], self.rates[:, None]
+        if not self.statistics:
+            if self.adaptive:
+                self._adamw(i, _outer(delta, a), delta)
+                return
+            w.baddbmm_((-rates * delta).unsqueeze(2), a.unsqueeze(1))
+            if b is not None:
+                b.addcmul_(rates, delta, value=-1)
+            return
+        centred, inverse, q2 = self.statistics[i].update(a)
+        mean = self.statistics[i].mean
+        assert b is not None
+        if not self.adaptive:
+            row = centred * inverse / q2
+            w.baddbmm_((-rates * delta).unsqueeze(2), row.unsqueeze(1))
+            b.sub_(rates * delta * (1 / q2 - (row * mean).sum(1, keepdim=True)))
+            return
+        scale, inv_q = inverse.sqrt() / q2.sqrt() * (self.statistics[i].count > 1), q2.rsqrt()
+        dz = self.adams[i].update(_outer(delta, centred * scale)).mul_(scale.unsqueeze(1))
+        bias_adam = self.bias_adams[i]
+        assert bias_adam is not None
+        dz_bias = bias_adam.update(delta * inv_q) * inv_q - torch.bmm(dz, mean.unsqueeze(2)).squeeze(2)
+        w.mul_((1 - 0.01 * rates).unsqueeze(2)).add_(dz)
+        b.mul_(1 - 0.01 * rates).add_(dz_bias)
+
+    def _adamw(self, i: int, gradient: Tensor, bias_gradient: Tensor) -> None:
+        keep = 1 - 0.01 * self.rates
+        self.weights[i].mul_(keep[:, None, None]).add_(self.adams[i].update(gradient))
+        b, adam = self.biases[i], self.bias_adams[i]
+        if b is not None and adam is not None:
+            b.mul_(keep[:, None]).add_(adam.update(bias_gradient))
+
+
+def _outer(rows: Tensor, columns: Tensor) -> Tensor:
+    return rows.unsqueeze(2) * columns.unsqueeze(1)
+
+
+def errors_of(
+    contender: Contender, stream: Stream, rates: Sequence[float], seeds: Sequence[int], fold: int = 0, *,
+    dtype: torch.dtype = torch.float32, widths: Sequence[int] = WIDTHS,
+) -> np.ndarray:  # fmt: skip
+    """Errors (replicas, samples) of nets with ``rates[i]`` and ``seeds[i]``; NaN from a loss on that is not finite."""
+    x, y = torch.from_numpy(stream.x).to(dtype), torch.from_numpy(stream.y)
+    models = []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        models.append(mlp((x.shape[1], *widths, stream.classes or 1), contender.norm).to(dtype))
+    stack = Stack(contender, models, rates)
+    errors = np.empty((len(rates), len(x)))
+    dead = torch.zeros(len(rates), dtype=torch.bool)
+    for i in range(len(x)):
+        if fold and i == fold:
+            for model in models:
+                fold_normalization(model, x[:i])
+            stack = Stack(contender, models, rates)
+        output = stack.forward(x[i])
+        if stream.classes:
+            wrong = output.argmax(1) != y[i]
+            delta = output.softmax(1)
+            dead |= ~(output.logsumexp(1) - output[:, int(y[i])]).isfinite()
+            delta[:, int(y[i])] -= 1
+            errors[:, i] = torch.where(dead, torch.nan, wrong.double()).numpy()
+        else:
+            gap = output[:, 0] - y[i].to(dtype)
+            dead |= ~gap.square().isfinite()
+            delta = 2 * gap[:, None]
+            errors[:, i] = torch.where(dead, torch.nan, gap.abs().double()).numpy()
+        if i >= fold:
+            stack.learn(delta)
+    return errors
+
+
+def run_streams(
+    runs: Sequence[StreamRun], cache: Cache, *, workers: int = 1, until: float = float("inf"), label: str = "streams"
+) -> dict[StreamRun, dict[str, Any]]:
+    """As :func:`benchmarks.evidence.runner.run_all`, the runs of a contender on a stream at once where they can be."""
+    results = cache.found(runs)
+    todo = [run for run in dict.fromkeys(runs) if run not in results and supports(run.contender)]
+    groups = [list(g) for _, g in groupby(sorted(todo, key=_group), key=_group)]
+    groups.sort(key=lambda group: runs.index(group[0]))
+    single_threaded()
+    if groups and time.monotonic() < until:
+        for group in tqdm(groups, desc=label, unit="stack", mininterval=5, dynamic_ncols=True):
+            if time.monotonic() > until:
+                break
+            run, start = group[0], time.process_time()
+            stream = load(run.stream, run.inputs, run.samples)
+            errors = errors_of(
+                run.contender, stream, [r.learning_rate for r in group], [r.seed for r in group], run.fold
+            )
+            seconds = (time.process_time() - start) / len(group)
+            for member, found in zip(group, errors, strict=True):
+                results[member] = score(found, stream, seconds)
+                cache.save(member, results[member])
+    others = [run for run in runs if not supports(run.contender)]
+    return results | run_all(others, cache, Path(), workers=workers, until=until, label=label)
+
+
+def _group(run: StreamRun) -> tuple[str, str, int, str, int]:
+    return run.stream, run.inputs, run.samples, repr(run.contender), run.fold

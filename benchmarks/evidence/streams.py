@@ -1,0 +1,123 @@
+"""The streams: river's own data sets, one with an abrupt shift, two synthetic ones with drift, as arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import islice
+from typing import Any, Literal
+
+import numpy as np
+
+Inputs = Literal["raw", "scaled"]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Samples in the order in which they come.
+
+    Args:
+        x: (samples, features), float64.
+        y: Class indices, or numbers.
+        classes: How many; 0 for a regression.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    classes: int
+
+    @property
+    def chance(self) -> float:
+        """What a diverged model scores: the error of guessing, or of saying 0."""
+        return 1 - 1 / self.classes if self.classes else float(np.abs(self.y).mean())
+
+
+def _arrays(samples: Iterable[tuple[dict[str, Any], Any]], count: int, *, regression: bool = False) -> Stream:
+    rows, targets = [], []
+    for x, y in islice(samples, count):
+        rows.append([float(x[name]) for name in sorted(x)])
+        targets.append(y)
+    if regression:
+        return Stream(np.array(rows), np.array(targets, dtype=float), 0)
+    names = sorted(set(targets))
+    return Stream(np.array(rows), np.array([names.index(y) for y in targets]), len(names))
+
+
+def _of_river(name: str, count: int, *, regression: bool = False) -> Stream:
+    from river import datasets
+
+    return _arrays(getattr(datasets, name)(), count, regression=regression)
+
+
+def shifted(stream: Stream, seed: int = 0) -> Stream:
+    """From the middle on features change places and scales (by factors from 1/10 to 10) and move by a new offset."""
+    rng = np.random.default_rng(seed)
+    x, half = stream.x.copy(), len(stream.x) // 2
+    scale = x[:half].std(0) + 1e-12
+    order = rng.permutation(x.shape[1])
+    x[half:] = (x[half:] * 10 ** rng.uniform(-1, 1, x.shape[1]) + scale * rng.normal(size=x.shape[1]))[:, order]
+    return Stream(x, stream.y, stream.classes)
+
+
+def _agrawal(count: int) -> Stream:
+    from river.datasets import synth
+
+    drift = synth.ConceptDriftStream(
+        synth.Agrawal(classification_function=0, seed=1), synth.Agrawal(classification_function=2, seed=2),
+        position=count // 2, width=count // 20, seed=3,
+    )  # fmt: skip
+    return _arrays(drift, count)
+
+
+def _sea(count: int) -> Stream:
+    from river.datasets import synth
+
+    drift = synth.ConceptDriftStream(
+        synth.SEA(variant=0, noise=0.1, seed=1), synth.SEA(variant=3, noise=0.1, seed=2),
+        position=count // 2, width=count // 20, seed=3,
+    )  # fmt: skip
+    return _arrays(drift, count)
+
+
+STREAMS: dict[str, Callable[[int], Stream]] = {
+    "ImageSegments": partial(_of_river, "ImageSegments"),
+    "Phishing": partial(_of_river, "Phishing"),
+    "Bananas": partial(_of_river, "Bananas"),
+    "TrumpApproval": partial(_of_river, "TrumpApproval", regression=True),
+    "ImageSegments, shift": lambda count: shifted(_of_river("ImageSegments", count)),
+    "Shuttle": partial(_of_river, "Shuttle"),
+    "Agrawal, drift": _agrawal,
+    "SEA, drift": _sea,
+}
+SAMPLES = {
+    "ImageSegments": 2310,
+    "Phishing": 1250,
+    "Bananas": 5300,
+    "TrumpApproval": 1001,
+    "ImageSegments, shift": 2310,
+    "Shuttle": 10_000,
+    "Agrawal, drift": 5000,
+    "SEA, drift": 5000,
+}  # fmt: skip; Shuttle has 49,097, almost all of them easy
+
+
+@cache
+def load(name: str, inputs: Inputs, samples: int) -> Stream:
+    """A stream, raw or as river's StandardScaler hands it on sample by sample (each sample counts before it goes).
+
+    Drifts and shifts come in the middle of the ``samples``.
+    """
+    stream = STREAMS[name](samples)
+    return stream if inputs == "raw" else Stream(scaled(stream.x), stream.y, stream.classes)
+
+
+def scaled(x: np.ndarray) -> np.ndarray:
+    """Running standardization, as river's StandardScaler does it: population variance, 0 while that is 0."""
+    count = np.arange(1, len(x) + 1)[:, None]
+    origin = x[0]  # sums about a sample of the stream, not about 0, keep their digits
+    mean = np.cumsum(x - origin, 0) / count
+    variance = np.maximum(np.cumsum((x - origin) ** 2, 0) / count - mean**2, 0)
+    # below: what rounding leaves of a constant
+    std = np.sqrt(np.where(variance > 1e-12 * (1 + mean**2), variance, 0))
+    return np.divide(x - origin - mean, std, out=np.zeros_like(x), where=std > 0)

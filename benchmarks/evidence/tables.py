@@ -1,0 +1,119 @@
+"""The arithmetic of the convergence tables: what was chosen, how good it is, and how much BNP lifts its base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import fmean
+
+from benchmarks.evidence.contenders import CONTENDERS, Contender
+from benchmarks.evidence.plan import TUNING_SEED, Results, Scope, choose
+from benchmarks.report import mean_and_error
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A contender at a batch size under a schedule.
+
+    Args:
+        rate: That the tuning seed chose.
+        tuning: Accuracy there, of the tuning seed.
+        accuracies: By reporting seed.
+        grid: Accuracy by rate, of the tuning seed.
+    """
+
+    contender: str
+    batch_size: int
+    schedule: str
+    rate: float
+    tuning: float
+    accuracies: dict[int, float]
+    grid: dict[float, float]
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether a rate beyond the grid might do better."""
+        return self.rate in (min(self.grid), max(self.grid))
+
+    @property
+    def mean(self) -> float:
+        """Of the reporting seeds; of the tuning seed where there are none."""
+        return fmean(self.accuracies.values()) if self.accuracies else self.tuning
+
+
+def cells_of(scope: Scope, results: Results) -> dict[tuple[str, int, str], Cell]:
+    """Every cell whose grid is complete."""
+    found = {}
+    for c, batch_size, schedule in scope.cells():
+        rate = choose(scope, c, batch_size, schedule, results)
+        if rate is None:
+            continue
+
+        def accuracy(
+            at: float, seed: int, c: Contender = c, batch_size: int = batch_size, schedule: str = schedule
+        ) -> float | None:
+            result = results.get(scope.run(c, batch_size, schedule, at, seed))
+            return None if result is None else float(result["accuracy"])
+
+        grid = {r: a for r in c.rates if (a := accuracy(r, TUNING_SEED)) is not None}
+        reported = {s: a for s in scope.seeds if (a := accuracy(rate, s)) is not None}
+        found[c.name, batch_size, schedule] = Cell(c.name, batch_size, schedule, rate, grid[rate], reported, grid)
+    return found
+
+
+@dataclass(frozen=True)
+class Lift:
+    """BNP around a base minus the base.
+
+    Args:
+        at_best: Mean and standard error over the reporting seeds that both have, each at its chosen rate.
+        seeds: How many those are.
+        over_grid: Mean over the rates of the grid, on the tuning seed.
+    """
+
+    contender: str
+    base: str
+    batch_size: int
+    schedule: str
+    at_best: tuple[float, float]
+    seeds: int
+    over_grid: float
+
+
+def lifts(cells: dict[tuple[str, int, str], Cell]) -> Iterator[Lift]:
+    """Every BNP cell whose base was measured too."""
+    plain = {(c.base, c.norm): c.name for c in CONTENDERS.values() if c.bnp is None}
+    for (name, batch_size, schedule), cell in cells.items():
+        c = CONTENDERS[name]
+        base = cells.get((plain[c.base, "none"], batch_size, schedule)) if c.bnp is not None else None
+        if base is None:
+            continue
+        shared = sorted(set(cell.accuracies) & set(base.accuracies))
+        differences = [cell.accuracies[s] - base.accuracies[s] for s in shared] or [cell.tuning - base.tuning]
+        over_grid = fmean(cell.grid.values()) - fmean(base.grid.values())
+        yield Lift(name, base.contender, batch_size, schedule, mean_and_error(differences), len(shared), over_grid)
+
+
+@dataclass(frozen=True)
+class OneRate:
+    """The single rate of a contender for all batch sizes.
+
+    Args:
+        rate: With the best mean accuracy over the batch sizes, on the tuning seed.
+        losses: By batch size: accuracy at the best rate there minus accuracy at ``rate``, on the tuning seed.
+    """
+
+    contender: str
+    schedule: str
+    rate: float
+    losses: dict[int, float]
+
+
+def one_rates(cells: dict[tuple[str, int, str], Cell]) -> Iterator[OneRate]:
+    """For contenders that have at least two batch sizes."""
+    for name, schedule in dict.fromkeys((n, s) for n, _, s in cells):
+        own = {b: cell for (n, b, s), cell in cells.items() if (n, s) == (name, schedule)}
+        if len(own) > 1:
+            rate = max(CONTENDERS[name].rates, key=lambda r: fmean(cell.grid[r] for cell in own.values()))
+            losses = {b: cell.tuning - cell.grid[rate] for b, cell in own.items()}
+            yield OneRate(name, schedule, rate, losses)

@@ -1,0 +1,98 @@
+"""Stacked nets are the nets: sample by sample against BNPreconditioner, torch's optimizers and OnlineNorm."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+pytest.importorskip("tqdm", reason="the benchmarks show progress")
+
+from benchmarks.evidence.contenders import CONTENDERS, Contender, bnp
+from benchmarks.evidence.replicas import Stack, errors_of, supports
+from benchmarks.evidence.streams import Stream
+from benchmarks.workloads import mlp
+from bnp_optim import fold_normalization
+
+WIDTHS = (8, 6)
+RATES = (0.003, 0.02)
+CHOSEN = [
+    *(CONTENDERS[n] for n in ("SGD", "AdamW", "BNP-SGD", "BNP-AdamW", "ON + SGD", "ON + AdamW")),
+    bnp("BNP-SGD, ρ = .9", "sgd", stat_decay=0.9, var_rel_eps=1e-4, var_eps=1e-3),
+    bnp("BNP-AdamW, unbounded", "adamw", step_scale=None),
+    bnp("BNP-SGD, feature floors", "sgd", "feature floors"),
+    bnp("BNP-SGD, first floors", "sgd", "first floors"),
+    bnp("BNP-AdamW, geometric floors", "adamw", "geometric floors"),
+]
+
+
+def stream(classes: int) -> Stream:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(60, 5)) * [0.1, 1, 2, 0, 3] + [1, 2, 0, 1, 0]  # one input never changes
+    return Stream(x, (x[:, 1] > 2).astype(int) + (x[:, 2] > 1) if classes else x[:, 1] * 2, classes)
+
+
+def net_by_net(
+    contender: Contender, data: Stream, rate: float, seed: int, fold: int
+) -> tuple[nn.Module, list[torch.Tensor]]:
+    """Outputs before each step, and the net after the last."""
+    torch.manual_seed(seed)
+    model = mlp((5, *WIDTHS, data.classes or 1), contender.norm).double()
+    x, y, outputs = torch.from_numpy(data.x), torch.from_numpy(data.y), []
+    with contender.context():
+        optimizer = contender.make(model, rate)
+        for i in range(len(x)):
+            if fold and i == fold:
+                fold_normalization(model, x[:i])
+                optimizer = contender.make(model, rate)
+            output = model(x[i : i + 1])
+            outputs.append(output.detach()[0])
+            if i >= fold:
+                optimizer.zero_grad()
+                loss = F.cross_entropy(output, y[i : i + 1]) if data.classes else F.mse_loss(output[:, 0], y[i : i + 1])
+                loss.backward()
+                optimizer.step()
+    return model, outputs
+
+
+CASES = [(c, classes, 0) for c in CHOSEN for classes in (3, 0)]
+CASES += [(CONTENDERS[name], 3, 10) for name in ("SGD", "BNP-SGD", "BNP-AdamW")]
+
+
+@pytest.mark.parametrize(("contender", "classes", "fold"), CASES, ids=lambda v: getattr(v, "name", str(v)))
+def test_every_output_is_that_of_the_net_alone(
+    contender: Contender, classes: int, fold: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert supports(contender)
+    data, seen = stream(classes), []
+    forward = Stack.forward
+
+    def recorded(self: Stack, x: torch.Tensor) -> torch.Tensor:
+        output = forward(self, x)
+        seen.append(output.clone())
+        return output
+
+    monkeypatch.setattr(Stack, "forward", recorded)
+    errors = errors_of(contender, data, RATES, (0, 1), fold, dtype=torch.float64, widths=WIDTHS)
+    for i, (rate, seed) in enumerate(zip(RATES, (0, 1), strict=True)):
+        _, outputs = net_by_net(contender, data, rate, seed, fold)
+        # statistics are float64 in both; beyond rounding nothing differs
+        torch.testing.assert_close(torch.stack([s[i] for s in seen]), torch.stack(outputs), rtol=1e-7, atol=1e-9)
+        wrong = [float(o.argmax()) != y if classes else abs(float(o) - y) for o, y in zip(outputs, data.y, strict=True)]
+        np.testing.assert_allclose(errors[i], np.array(wrong, dtype=float), rtol=1e-7, atol=1e-9)
+
+
+def test_a_replica_that_diverges_leaves_the_others_alone() -> None:
+    data = stream(0)
+    alone = errors_of(CONTENDERS["SGD"], data, [0.003], [0])
+    both = errors_of(CONTENDERS["SGD"], data, [0.003, 1e6], [0, 0])
+    np.testing.assert_allclose(both[0], alone[0], rtol=1e-4)  # float32
+    dead = np.isnan(both[1])
+    assert not dead[0] and dead[-1] and (np.diff(dead.astype(int)) >= 0).all()
+
+
+def test_what_is_not_written_out_is_not_supported() -> None:
+    assert not supports(CONTENDERS["Muon"]) and not supports(CONTENDERS["BNP-momentum"])
+    assert not supports(bnp("", "sgd", step_scale="spectral")) and not supports(bnp("", "sgd", mode="two_sided"))

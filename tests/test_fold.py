@@ -1,0 +1,161 @@
+"""fold_normalization: afterwards the model computes what normalizing each layer's input would make it compute."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from bnp_optim import BNPreconditioner, fold_normalization
+
+EPS = 1e-4
+ROOT = Path(__file__).parent.parent
+
+
+def raw(n: int, features: int, seed: int = 0) -> torch.Tensor:
+    """Features far from 0, on scales that differ by orders of magnitude."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = 10.0 ** torch.arange(-1, features - 1, dtype=torch.float64)
+    return (torch.randn(n, features, dtype=torch.float64, generator=generator) + 3) * scale
+
+
+def test_an_mlp_computes_what_normalized_inputs_would_make_it_compute() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, 3)).double()
+    x, new = raw(50, 4), raw(5, 4, seed=1)
+    a, b = x.numpy(), new.numpy()
+    for i in (0, 3):  # NumPy: statistics of the batch, the same map for new samples
+        w, bias = model[i].weight.detach().numpy().copy(), model[i].bias.detach().numpy().copy()
+        mean, std = a.mean(0), np.sqrt(a.var(0) + EPS)
+        a, b = ((v - mean) / std @ w.T + bias for v in (a, b))
+        if i == 0:
+            a, b = np.tanh(a), np.tanh(b)
+    assert fold_normalization(model, x) == ["0", "3"]
+    assert model.training and all(m.training for m in model.modules())
+    model.eval()
+    np.testing.assert_allclose(model(x).detach().numpy(), a, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(model(new).detach().numpy(), b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_convolution_does_too_where_nothing_is_padded(groups: int) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 6, 3, groups=groups).double()
+    before = copy.deepcopy(conv)
+    x = raw(8, 4)[:, :, None, None] * (1 + torch.rand(8, 4, 5, 5, dtype=torch.float64))
+    fold_normalization(conv, x)
+    mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), correction=0, keepdim=True)
+    torch.testing.assert_close(conv(x), before((x - mean) / (var + EPS).sqrt()), rtol=1e-9, atol=1e-9)
+
+
+def test_without_a_bias_the_metric_is_that_of_the_rank_one_form() -> None:
+    """P with P Pᵀ = (μμᵀ + diag σ̃²)⁻¹ and P = diag(1/σ̃) S, S symmetric and positive."""
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 4, bias=False).double()
+    with torch.no_grad():
+        layer.weight.copy_(torch.eye(4))
+    x = raw(50, 4)
+    fold_normalization(layer, x)
+    mean, var = x.mean(0), x.var(0, correction=0) + EPS
+    p = layer.weight.detach().t()  # rows of the weight are Pz, z the rows of I
+    metric = torch.outer(mean, mean) + torch.diag(var)
+    torch.testing.assert_close(p @ p.t() @ metric, torch.eye(4, dtype=torch.float64), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(var.sqrt()[:, None] * p, (var.sqrt()[:, None] * p).t(), rtol=1e-8, atol=1e-12)
+
+
+def test_tied_weights_and_repeated_calls_change_once() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(self.layer(x))
+
+    torch.manual_seed(0)
+    model = Twice()
+    single = copy.deepcopy(model.layer)
+    x = raw(20, 3).float()
+    assert fold_normalization(model, x) == ["layer"]
+    fold_normalization(single, x)
+    torch.testing.assert_close(model.layer.weight, single.weight)
+
+
+def test_only_the_named_layers_change_and_none_without_a_rule() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)).double()
+    before = copy.deepcopy(model.state_dict())
+    assert fold_normalization(model, (raw(10, 3),), layers=["0"]) == ["0"]
+    changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    assert changed == ["0.weight", "0.bias"]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options", "match"),
+    [
+        (raw(1, 3), {}, "'0' saw one observation: inputs must have two samples"),
+        (torch.full((4, 3), torch.inf, dtype=torch.float64), {}, "input of layer '0' is not finite: check inputs"),
+        (raw(9, 3), {"layers": ["1"]}, r"layers has \['1'\].*choose from \['0', '2'\]"),
+        (raw(9, 3), {"var_eps": 0.0}, "var_eps is 0.0"),
+        (raw(9, 3), {"var_rel_eps": -1.0}, "var_rel_eps is -1.0"),
+    ],
+)
+def test_refusals_leave_the_model_as_it_was(inputs: torch.Tensor, options: dict[str, object], match: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=match):
+        fold_normalization(model, inputs, **options)  # type: ignore[arg-type]
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not model[0]._forward_pre_hooks
+
+
+def test_an_error_in_a_later_layer_takes_the_earlier_ones_back() -> None:
+    class Shrinks(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x[:1]
+
+    model = nn.Sequential(nn.Linear(3, 4), Shrinks(), nn.Linear(4, 2)).double().eval()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="'2' saw one observation"):
+        fold_normalization(model, raw(9, 3))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not model.training
+
+
+def test_raw_features_no_longer_need_thousands_of_steps() -> None:
+    torch.manual_seed(0)
+    x = raw(200, 5).float()
+    y = (torch.argsort(torch.argsort(x[:, 0] / x[:, 0].std() + x[:, 4] / x[:, 4].std())) >= 100).long()
+    losses = []
+    for fold in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 2))
+        if fold:
+            fold_normalization(model, x[:20])
+        optimizer = BNPreconditioner(torch.optim.SGD(model.parameters(), lr=0.1), model)
+        for i in range(200):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x[i : i + 1]), y[i : i + 1]).backward()
+            optimizer.step()
+        losses.append(nn.functional.cross_entropy(model(x), y).item())
+    assert losses[1] < 0.45 < losses[0] / 2, losses
+
+
+def test_the_documented_example_starts_from_moderate_outputs() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "method.md").read_text(encoding="utf-8"), flags=re.S)
+    torch.manual_seed(0)
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    hidden = scope["model"][0](scope["first"])
+    torch.testing.assert_close(hidden.mean(0), _initial_bias(), rtol=1e-4, atol=1e-4)  # Linear's own, after centring
+    assert hidden.std() < 1.5 and "BNPreconditioner(SGD" in repr(scope["optimizer"])
+
+
+def _initial_bias() -> torch.Tensor:
+    torch.manual_seed(0)
+    return nn.Linear(4, 32).bias.detach()
