@@ -170,10 +170,13 @@ def plot(document: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     names = list(dict.fromkeys(r["row"] for r in document["rows"]))
-    size = (3.1 * len(names), 3.2)
-    figure, grid = plt.subplots(1, len(names), figsize=size, sharey=True, squeeze=False, layout="constrained")
-    axes = list(grid[0])
-    for ax, name in zip(axes, names, strict=True):
+    lines = -(-len(names) // 3)
+    size = (9.3, 3.2 * lines)
+    figure, grid = plt.subplots(lines, 3, figsize=size, sharey=True, squeeze=False, layout="constrained")
+    axes = list(grid.flat)
+    for ax in axes[len(names) :]:
+        ax.remove()
+    for ax, name in zip(axes, names, strict=False):
         rows = [r for r in document["rows"] if r["row"] == name]
         worlds = [str(r["processes"]) for r in rows]
         for method, marker in (("wrapped", "o"), ("wrapped, not shared", "s")):
@@ -181,7 +184,8 @@ def plot(document: dict[str, Any], path: Path) -> None:
         ax.axhline(1, color="grey", linewidth=0.8)
         ax.set_title(name.replace(", ", "\n", 1), fontsize=9)
         ax.set_xlabel("processes")
-    axes[0].set_ylabel("time of a step / plain base's")
+    for ax in axes[: len(names) : 3]:
+        ax.set_ylabel("time of a step / plain base's")
     axes[0].legend(fontsize=8)
     axes[0].set_ylim(bottom=0.8)
     figure.savefig(path, dpi=130)
