@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("tqdm", reason="the benchmarks show progress")
 
-from benchmarks.evidence.muon import MuonAdamW, orthogonalize
+from benchmarks.evidence.muon import CPUMuon, orthogonalize
 from benchmarks.evidence.online_norm import OnlineNorm
 
 A, B, EPS = 0.9, 0.8, 1e-5
@@ -109,18 +109,12 @@ def test_muon_steps_as_torch_does() -> None:
     """In float64 ours orthogonalizes in float64, theirs in bfloat16: so to its precision."""
     torch.manual_seed(0)
     ours, theirs = (torch.nn.Parameter(torch.ones(20, 8, dtype=torch.float64)) for _ in range(2))
-    rest = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
-    rest_too = torch.nn.Parameter(rest.detach().clone())
-    mine = MuonAdamW([ours], [rest], lr=0.01)
+    mine = CPUMuon([ours], lr=0.1)
     muon = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.0)
-    adamw = torch.optim.AdamW([rest_too], lr=0.01, weight_decay=0.0)
     for _ in range(4):
         ours.grad = torch.randn(20, 8, dtype=torch.float64)
         theirs.grad = ours.grad.clone()
-        rest.grad = torch.randn(3, dtype=torch.float64)
-        rest_too.grad = rest.grad.clone()
-        for optimizer in (mine, muon, adamw):
+        for optimizer in (mine, muon):
             optimizer.step()
-    torch.testing.assert_close(rest, rest_too, rtol=1e-10, atol=1e-12)
     moved, moved_too = ours.detach() - 1, theirs.detach() - 1
     assert (moved - moved_too).norm() / moved_too.norm() < 0.02

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from benchmarks.evidence.muon import MuonAdamW
+from benchmarks.evidence.muon import CPUMuon
 from benchmarks.workloads import Norm, mlp, norm2d
-from bnp_optim import BNPreconditioner
+from bnp_optim import BNPreconditioner, CombinedOptimizer
 from bnp_optim.bank import StatisticsBank
 from bnp_optim.layers import Samples, register_layer
 from bnp_optim.layers.conv import ConvAdapter
@@ -87,7 +87,9 @@ def _muon(model: nn.Module, lr: float) -> Optimizer:
         m.weight for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d) and not n.endswith("head")
     ]
     taken = {id(p) for p in hidden}
-    return MuonAdamW(hidden, [p for p in model.parameters() if id(p) not in taken], lr)
+    rest = [p for p in model.parameters() if id(p) not in taken]
+    # what BNPMuon takes too: ten times the rate on the matrices
+    return CombinedOptimizer([CPUMuon(hidden, lr * 10), torch.optim.AdamW(rest, lr, weight_decay=0.0)])
 
 
 def _kfac(model: nn.Module, lr: float) -> Optimizer:

@@ -1,4 +1,4 @@
-"""Muon on hidden matrices and AdamW on the rest, in one optimizer.
+"""Muon in the precision that the CPU is fast at, for matrices and convolutions.
 
 torch.optim.Muon takes matrices only, and orthogonalizes in bfloat16 even where the CPU has no such instructions and
 is slow at it; this is the same update (Nesterov momentum 0.95, five Newton–Schulz steps with K. Jordan's
@@ -19,35 +19,23 @@ _A, _B, _C = 3.4445, -4.7750, 2.0315
 _DTYPE = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
-class MuonAdamW(Optimizer):
+class CPUMuon(Optimizer):
     """Args:
-    matrices: Weights that Muon steps.
-    rest: Parameters that AdamW (β = .9, .999, ε = 1e-8) steps.
-    lr: AdamW's rate.
-    ratio: Muon's rate over AdamW's. 10: what a prototype found to serve both.
+    matrices: Weights of two or more dimensions.
+    lr: The rate.
     """
 
-    def __init__(
-        self,
-        matrices: Iterable[nn.Parameter],
-        rest: Iterable[nn.Parameter],
-        lr: float,
-        ratio: float = 10.0,
-    ) -> None:
-        groups: list[dict[str, Any]] = [
-            {"params": list(matrices), "muon": True, "lr": lr * ratio},
-            {"params": list(rest), "muon": False, "lr": lr},
-        ]
-        super().__init__(groups, {"lr": lr})
+    def __init__(self, matrices: Iterable[nn.Parameter], lr: float) -> None:
+        super().__init__(matrices, {"lr": lr})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    (self._muon if group["muon"] else self._adamw)(p, p.grad, group["lr"])
+                    self._step(p, p.grad, group["lr"])
 
-    def _muon(self, p: Tensor, grad: Tensor, lr: float) -> None:
+    def _step(self, p: Tensor, grad: Tensor, lr: float) -> None:
         state = self.state[p]
         if not state:
             state["momentum"] = torch.zeros_like(grad)
@@ -55,16 +43,6 @@ class MuonAdamW(Optimizer):
         direction = grad.lerp(state["momentum"], 0.95).flatten(1)
         update = orthogonalize(direction.to(_DTYPE) if p.dtype is torch.float32 else direction).to(p.dtype)
         p.add_(update.view_as(p), alpha=-lr * max(1.0, update.shape[0] / update.shape[1]) ** 0.5)
-
-    def _adamw(self, p: Tensor, grad: Tensor, lr: float) -> None:
-        state = self.state[p]
-        if not state:
-            state.update(step=0, mean=torch.zeros_like(grad), square=torch.zeros_like(grad))
-        state["step"] += 1
-        state["mean"].lerp_(grad, 0.1)
-        state["square"].mul_(0.999).addcmul_(grad, grad, value=0.001)
-        root = (state["square"] / (1 - 0.999 ** state["step"])).sqrt_().add_(1e-8)
-        p.addcdiv_(state["mean"], root, value=-lr / (1 - 0.9 ** state["step"]))
 
 
 def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
