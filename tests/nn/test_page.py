@@ -22,9 +22,13 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def test_the_code() -> None:
+    torch.manual_seed(0)
     scope: dict[str, Any] = {}
     for code in re.findall(r"```python\n(.*?)```", PAGE, flags=re.S):
         exec(code, scope)
+    zeta = scope["penalty"].coefficients
+    assert list(zeta) == ["0"]  # the last layer does not decay
+    assert 64 * float(zeta["0"].mean()) == pytest.approx(3 / 8, rel=0.1)
 
 
 def test_the_tables_are_the_results() -> None:
