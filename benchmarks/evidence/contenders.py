@@ -146,6 +146,7 @@ CONTENDERS: dict[str, Contender] = {
         Contender("GN + AdamW", "adamw", "gn"),
         Contender("ON + SGD", "sgd", "on"),
         Contender("ON + AdamW", "adamw", "on"),
+        bnp("BNP-momentum, two-sided", "momentum", mode="two_sided"),
         bnp("BNP-momentum, two-sided, spectral", "momentum", mode="two_sided", step_scale="spectral"),
         Contender("SOAP", "soap", slow=True),
         Contender("K-FAC", "kfac, no momentum", slow=True),

@@ -102,7 +102,7 @@ SHORT = {
 _SLOW = tuple((batch_size, "constant") for batch_size in (64, 16, 1))
 _MAIN = tuple(name for name in CONTENDERS if name != "Shampoo")
 _LEAN = ("SGD", "BNP-SGD", "momentum", "BNP-momentum", "AdamW", "BNP-AdamW", "Muon", "BNP-Muon", "BN + SGD",
-         "BN + AdamW", "LN + AdamW", "GN + AdamW", "BNP-momentum, two-sided, spectral", "SOAP")  # fmt: skip
+         "BN + AdamW", "LN + AdamW", "GN + AdamW", "BNP-momentum, two-sided", "BNP-momentum, two-sided, spectral", "SOAP")  # fmt: skip
 PRESETS = {
     p.name: p
     for p in (
@@ -115,8 +115,7 @@ PRESETS = {
                     slow_seeds=(1, 2),
                 ),
                 Scope(
-                    "cifar", SHORT["cifar"], _LEAN, schedules=("constant",), seeds=(1, 2, 3),
-                    whole_grid=False,
+                    "cifar", SHORT["cifar"], _LEAN, whole_grid=False,
                 ),
             ),
             "fewer tasks, samples and seeds; reporting seeds only at the rate that the tuning seed chose",
