@@ -107,6 +107,12 @@ def _soap(model: nn.Module, lr: float) -> Optimizer:
     return SOAP(model.parameters(), lr=lr)
 
 
+def _soap_without_decay(model: nn.Module, lr: float) -> Optimizer:
+    from pytorch_optimizer import SOAP
+
+    return SOAP(model.parameters(), lr=lr, weight_decay=0.0)  # of z it would not be the decay of w
+
+
 def _shampoo(model: nn.Module, lr: float) -> Optimizer:
     from pytorch_optimizer import Shampoo
 
@@ -120,11 +126,13 @@ BASES: dict[str, Callable[[nn.Module, float], Optimizer]] = {
     "muon": _muon,
     "kfac, no momentum": _kfac,
     "soap": _soap,
+    "soap, no decay": _soap_without_decay,
     "shampoo": _shampoo,
 }
 PACKAGES = {
     "kfac, no momentum": "singd",
     "soap": "pytorch_optimizer",
+    "soap, no decay": "pytorch_optimizer",
     "shampoo": "pytorch_optimizer",
 }
 
@@ -149,6 +157,7 @@ CONTENDERS: dict[str, Contender] = {
         bnp("BNP-momentum, two-sided", "momentum", mode="two_sided"),
         bnp("BNP-momentum, two-sided, spectral", "momentum", mode="two_sided", step_scale="spectral"),
         Contender("SOAP", "soap", slow=True),
+        replace(bnp("BNP-SOAP", "soap, no decay"), slow=True),
         Contender("K-FAC", "kfac, no momentum", slow=True),
         Contender("Shampoo", "shampoo", slow=True),
     )
