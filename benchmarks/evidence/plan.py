@@ -98,7 +98,7 @@ SHORT = {
 _SLOW = tuple((batch_size, "constant") for batch_size in (64, 16, 256, 1))
 _MAIN = tuple(name for name in CONTENDERS if name != "Shampoo")
 _LEAN = ("SGD", "BNP-SGD", "momentum", "BNP-momentum", "AdamW", "BNP-AdamW", "Muon", "BNP-Muon", "BN + SGD",
-         "BN + AdamW", "LN + AdamW", "GN + AdamW", "BNP-momentum, two-sided", "BNP-momentum, two-sided, spectral",
+         "BN + AdamW", "LN + AdamW", "GN + AdamW", "BNP-momentum, gradient form", "BNP-momentum, spectral",
          "SOAP", "BNP-SOAP")  # fmt: skip
 PRESETS = {
     p.name: p

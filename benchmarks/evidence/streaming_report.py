@@ -141,8 +141,8 @@ def markdown(
         "",
         "BNP with all its defaults; folded: the first 20 samples are predicted and kept, then fold_normalization sees "
         "them and the net learns them in their order. target scaled: by river's TargetStandardScaler, which its models "
-        "get too; errors are in the original units. ON: Online Normalization after every hidden layer. scaled: river's StandardScaler, "
-        "running. river's models with their defaults; the linear one sees scaled inputs always.",
+        "get too; errors are in the original units. ON: Online Normalization after every hidden layer. scaled: river's "
+        "StandardScaler, running. river's models with their defaults; the linear one sees scaled inputs always.",
         "",
         made_with(document["environment"], document["cpu_seconds"]),
         "",
