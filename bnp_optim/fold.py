@@ -39,7 +39,8 @@ def fold_normalization(
     ones in these units (docs/method.md): training then does not depend on the units of the inputs.
 
     It changes the function that the model computes, so it is for the start of training, before the optimizer is
-    built. On a stream: collect the first samples (20 are a start), predict with the model as it is, then call this.
+    built. On a stream: collect the first samples (20 are a start), predict with the model as it is, call this, and then
+    learn from them.
 
     Args:
         model: Called once, in evaluation mode and without gradients.

@@ -249,7 +249,7 @@ def first_floors() -> Iterator[None]:
 @contextmanager
 def layer_floors() -> Iterator[None]:
     """Inside, floors are relative to the layer's largest variance in its inputs' own units, folded or not."""
-    with mock.patch.object(StatisticsBank, "set_units", lambda *_: None):
+    with mock.patch.object(StatisticsBank, "set_units", return_value=None):
         yield
 
 

@@ -95,7 +95,7 @@ SHORT = {
     "fashion": {1: 5_000, 16: 12_800, 64: 32_000, 256: 51_200},
     "cifar": {1: 2_000, 16: 6_400, 64: 8_192, 256: 12_800},
 }
-_SLOW = tuple((batch_size, "constant") for batch_size in (64, 16, 256, 1))
+_SLOW = (*((batch_size, "constant") for batch_size in (64, 16, 256, 1)), (16, "linear"))
 _MAIN = tuple(name for name in CONTENDERS if name != "Shampoo")
 _LEAN = ("SGD", "BNP-SGD", "momentum", "BNP-momentum", "AdamW", "BNP-AdamW", "Muon", "BNP-Muon", "BN + SGD",
          "BN + AdamW", "LN + AdamW", "GN + AdamW", "BNP-momentum, gradient form", "BNP-momentum, spectral",
