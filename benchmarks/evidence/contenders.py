@@ -84,7 +84,11 @@ def bnp(name: str, base: str, variant: str = "", **options: Any) -> Contender:
 
 def _muon(model: nn.Module, lr: float) -> Optimizer:
     hidden = [
-        m.weight for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d) and not n.endswith("head")
+        p
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.RNNBase) and not name.endswith("head")
+        for p in module.parameters()
+        if p.ndim > 1
     ]
     taken = {id(p) for p in hidden}
     rest = [p for p in model.parameters() if id(p) not in taken]
@@ -156,7 +160,7 @@ CONTENDERS: dict[str, Contender] = {
 NOTES = {
     "momentum": "SGD with momentum 0.9",
     "GN": "GroupNorm, groups of 10 channels (MLP) or 8",
-    "LN": "LayerNorm; GroupNorm(1, C) in convolutional nets",
+    "LN": "LayerNorm; GroupNorm(1, C) in convolutional nets; on the last output of recurrent ones",
     "ON": "Online Normalization, α_f 0.999, α_b 0.99, layer scaling",
     "Muon": "on all weights but the head's, at 10 × the rate of the AdamW on the rest",
     "K-FAC": "singd's SINGD (kfac_like, dense factors scaled by the batch size, T = 1, and no momentum: with its "

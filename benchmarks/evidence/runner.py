@@ -55,6 +55,12 @@ class Cache:
         partial.write_text(json.dumps(result))
         partial.replace(path)
 
+    def forget(self, runs: Iterable[Runnable]) -> None:
+        """As if they had never been, here and in what was published."""
+        for run in runs:
+            (self.folder / f"{run.key}.json").unlink(missing_ok=True)
+            self._known.pop(run.key, None)
+
     def found(self, runs: Iterable[R]) -> dict[R, dict[str, Any]]:
         """The results that are there."""
         results = ((run, self.load(run)) for run in dict.fromkeys(runs))
