@@ -16,7 +16,7 @@ pytest.importorskip("tqdm", reason="the benchmarks show progress")
 from benchmarks import convergence
 from benchmarks.data import Split
 from benchmarks.evidence import contenders, engine, times
-from benchmarks.evidence.contenders import CONTENDERS, bnp, fingerprint
+from benchmarks.evidence.contenders import CONTENDERS, CovarianceRate, bnp, fingerprint
 from benchmarks.evidence.engine import Run, train
 from benchmarks.evidence.plan import PRESETS, Preset, Scope, choose
 from benchmarks.evidence.report import markdown
@@ -84,6 +84,23 @@ def test_a_diverged_run_scores_chance_to_the_end_of_its_curve() -> None:
     assert len(result["curve"]) == len(engine.curve_steps(40))
 
 
+def test_a_method_that_cannot_go_on_has_diverged(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Decomposing(torch.optim.SGD):
+        steps = 0
+
+        def step(self, closure: Any = None) -> Any:
+            self.steps += 1
+            if self.steps > 30:
+                torch.linalg.eigh(torch.full((2, 2), torch.nan))
+            return super().step(closure)
+
+    monkeypatch.setitem(contenders.BASES, "sgd", lambda model, lr: Decomposing(model.parameters(), lr=lr))
+    result = train(toy(), split())
+    assert result["diverged"] and result["accuracy"] == 0.5
+    assert [n for n, _ in result["curve"]] == [n * 10 for n in sorted(engine.curve_steps(40))]
+    assert [a == 0.5 for n, a in result["curve"] if n > 300] == [True] * sum(n > 30 for n in engine.curve_steps(40))
+
+
 def test_several_passes_see_every_sample_equally_often() -> None:
     seen = torch.cat(list(engine._order(toy(samples=400), 200)))
     assert torch.bincount(seen, minlength=200).tolist() == [2] * 200
@@ -126,6 +143,30 @@ def test_the_fingerprint_follows_the_numbers(monkeypatch: pytest.MonkeyPatch) ->
     fingerprint.cache_clear()
     assert fingerprint(plain) == before[0] and fingerprint(wrapped) != before[1]
     fingerprint.cache_clear()
+
+
+def test_the_fingerprint_of_packages_follows_their_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contenders.metadata, "version", lambda name: f"{name} 1.2")
+    fingerprint.cache_clear()
+    soap, kfac = (fingerprint(CONTENDERS[name]) for name in ("SOAP", "K-FAC"))
+    assert soap == "pytorch_optimizer pytorch_optimizer 1.2"
+    assert kfac.startswith("singd singd 1.2 ('T', 1) ") and "('damping', 0.1)" in kfac
+    monkeypatch.setitem(contenders.OPTIONS["kfac, no momentum"], "damping", 0.2)
+    fingerprint.cache_clear()
+    assert fingerprint(CONTENDERS["SOAP"]) == soap and fingerprint(CONTENDERS["K-FAC"]) != kfac
+    fingerprint.cache_clear()
+
+
+def test_the_rate_of_covariances_is_bounded_by_the_batch_size() -> None:
+    net = torch.nn.Linear(3, 2)
+    rate = CovarianceRate(net, 0.01, 0.1, 50)
+    found = {}
+    for batch_size in (1, 4, 64):
+        net(torch.zeros(batch_size, 3))
+        found[batch_size] = [rate(step) for step in (0, 25, 50, 1000)]
+    assert found[1] == pytest.approx([0.01] * 4)
+    assert found[4] == pytest.approx([0.01, 0.02, 0.04, 0.04])
+    assert found[64] == pytest.approx([0.01, 0.1**1.5, 0.1, 0.1])
 
 
 def test_runs_resume_from_the_cache_and_from_published_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
