@@ -122,8 +122,8 @@ METHODS: dict[str, Method] = {
     m.name: m
     for m in (
         Method("sgd", _sgd, note=f"momentum {MOMENTUM}"),
-        Method("bnp-sgd", _bnp(SGD)),
-        Method("bnp-sgd-compiled", _bnp(SGD, compiled=True), note="compiled=True"),
+        Method("bnp-sgd", _bnp(SGD, mode="gradient"), note="the gradient form, which SGD without momentum gets"),
+        Method("bnp-sgd-compiled", _bnp(SGD, mode="gradient", compiled=True), note="compiled=True"),
         Method("bn", _sgd, norm="bn", note="BatchNorm after each hidden layer, SGD"),
         Method("ln", _sgd, norm="ln", note="LayerNorm, or GroupNorm(1, C), after each hidden layer, SGD"),
         Method("adamw", _adamw),
@@ -150,9 +150,9 @@ METHODS: dict[str, Method] = {
             "shampoo-10", partial(_shampoo, interval=10), period=10, peer=True, package="pytorch_optimizer",
             note=_SHAMPOO_NOTE.format("10, as SOAP's and K-FAC's: wide layers are out of reach at 1"),
         ),
-        Method("bnp-sgd-spectral", _bnp(SGD, step_scale="spectral"), optional=True),
-        Method("bnp-sgd-interval10", _bnp(SGD, stat_interval=10), period=10, optional=True),
-        Method("bnp-sgd-two-sided", _bnp(SGD, mode="two_sided"), optional=True),
+        Method("bnp-sgd-spectral", _bnp(SGD, mode="gradient", step_scale="spectral"), optional=True),
+        Method("bnp-sgd-interval10", _bnp(SGD, mode="gradient", stat_interval=10), period=10, optional=True),
+        Method("bnp-sgd-two-sided", _bnp(SGD), note="the default around momentum", optional=True),
         Method("bnp-adamw-spectral", _bnp(AdamW, step_scale="spectral"), base="adamw", optional=True),
         Method("bnp-adamw-interval10", _bnp(AdamW, stat_interval=10), base="adamw", period=10, optional=True),
     )

@@ -71,7 +71,7 @@ def work(rank: int, world: int, port: int, name: str, rounds: int, answer: Any) 
         optimizers[method] = (
             base
             if method == "plain"
-            else BNPreconditioner(base, models[method], process_group=groups[method], **options)
+            else BNPreconditioner(base, models[method], mode="gradient", process_group=groups[method], **options)
         )
         steps[method] = _step(front, optimizers[method])
     generator = torch.Generator().manual_seed(rank)

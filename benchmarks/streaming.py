@@ -22,7 +22,7 @@ from pathlib import Path
 from benchmarks.evidence.progressive import OTHERS, OtherRun
 from benchmarks.evidence.replicas import run_streams
 from benchmarks.evidence.runner import Cache, published, run_all
-from benchmarks.evidence.streaming_plan import NETS, QUICK, SEEDS, TUNING_SEED, all_runs
+from benchmarks.evidence.streaming_plan import NETS, QUICK, SEEDS, TUNING_SEED, all_runs, without_curve
 from benchmarks.evidence.streaming_report import write
 from benchmarks.evidence.streams import SAMPLES
 
@@ -47,7 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         others = [OtherRun(stream, name, n) for stream, n in streams.items() for name in OTHERS]
         run_all(others, cache, Path(), until=until, label="river's models")
         runs = all_runs(streams, nets, (TUNING_SEED, *seeds))
-        run_streams(runs, cache, workers=args.workers, until=until, label="nets")
+        found = run_streams(runs, cache, workers=args.workers, until=until, label="nets")
+        if not args.report:
+            cache.forget(bare := without_curve(found, streams, nets))
+            run_streams(bare, cache, workers=args.workers, until=until, label="curves")
     except KeyboardInterrupt:
         sys.exit("\nInterrupted. The same command goes on from the last finished run.")
     print(write(streams, nets, seeds, cache, args.output, quick=args.quick))

@@ -87,8 +87,9 @@ def traits_of(base: Optimizer) -> BaseTraits:
     picks the gradient form. A combination is two-sided if any of its leaves is: P ties a layer's weight to its
     bias, so both need the same form, and plain SGD takes the same steps in either.
     """
-    if is_zero(base):  # its own step runs the inner optimizer's, on this rank's share
-        return replace(traits_of(base.optim), additive=False, decoupled=None)  # type: ignore[attr-defined]
+    if is_zero(base):  # its own step runs the inner optimizer's, on this rank's share, and its weight decay
+        inner = traits_of(base.optim)  # type: ignore[attr-defined]
+        return replace(inner, form=inner.form if inner.adaptive else "gradient", additive=False, decoupled=None)
     leaves = leaves_of(base)
     if leaves != [base]:
         traits = [traits_of(leaf) for leaf in leaves]
@@ -99,7 +100,9 @@ def traits_of(base: Optimizer) -> BaseTraits:
         if known is not None and getattr(torch.optim, cls.__name__, None) is cls:
             # NOTE: torch wraps ``step`` of whichever class is built first, so compare what is inside
             if inspect.unwrap(type(base).step) is inspect.unwrap(cls.step):
-                return known
+                # momentum collected in z follows P; in the gradient form it is a sum of steps of many P
+                heavy = any(group.get("momentum", 0) for group in base.param_groups)
+                return replace(known, form="two_sided") if known.form == "gradient" and heavy else known
             break
     if isinstance(base, torch.optim.SGD):
         return BaseTraits("gradient", False, None, adaptive=False)

@@ -16,9 +16,9 @@ from bnp_optim.discovery import Layer
 from bnp_optim.sharding.blocks import local
 from bnp_optim.tracking import Tracker
 
-__all__ = ["FORMAT_VERSION", "Loaded", "is_rehearsal", "merge", "split"]
+__all__ = ["FORMAT_VERSION", "Loaded", "check_form", "is_rehearsal", "merge", "split"]
 
-FORMAT_VERSION = 1  # a new one brings its reader of the old, and a file in tests/data (see tests/stored.py)
+FORMAT_VERSION = 2  # a new one brings its reader of the old, and a file in tests/data (see tests/stored.py)
 _PREFIX = "bnp_"
 _REQUIRED = ("mean", "variance", "count", "mass", "q2")
 
@@ -31,12 +31,16 @@ class Loaded(NamedTuple):
         snapshots: Statistics by layer.
         steps: Steps taken, modulo ``stat_interval``; 0 if the checkpoint does not say.
         foreign: Whether it looks like a checkpoint of the plain base, without a trace of statistics.
+        form: "gradient" or "two_sided": where the base's moments were collected. From format 2 on.
+        version: Of the format; 0 if the checkpoint does not say.
     """
 
     base: dict[str, Any]
     snapshots: dict[Layer, dict[str, Tensor]]
     steps: int
     foreign: bool
+    form: str | None
+    version: int
 
 
 def is_rehearsal(groups: Iterable[dict[str, Any]]) -> bool:
@@ -52,12 +56,17 @@ def is_rehearsal(groups: Iterable[dict[str, Any]]) -> bool:
 
 
 def merge(
-    base: Mapping[str, Any], groups: Iterable[dict[str, Any]], tracker: Tracker, *, steps: int, started: bool
+    base: Mapping[str, Any],
+    groups: Iterable[dict[str, Any]],
+    tracker: Tracker,
+    header: Mapping[str, Any],
+    *,
+    started: bool,
 ) -> dict[str, Any]:
     """The base's ``state_dict()`` with the statistics in it; ``base`` is not changed.
 
-    ``steps`` are modulo ``stat_interval``, hence 0 unless that is above 1: torch.distributed.checkpoint drops what
-    belongs to no parameter. ``started`` says whether the base has taken a step, be it not of the training.
+    The "steps" of ``header`` are modulo ``stat_interval``, hence 0 unless that is above 1: torch.distributed.checkpoint
+    drops what belongs to no parameter. ``started`` says whether the base has taken a step, be it not of the training.
     """
     state = {key: dict(value) if isinstance(value, dict) else value for key, value in base["state"].items()}
     index = _indices(groups)
@@ -74,7 +83,7 @@ def merge(
             state.setdefault(i, {}).update(entries)
     if stateless and state:
         state = {i: state.get(i, {}) for i in sorted(set(index.values()))}
-    return {**base, "state": state, "bnp": {"version": FORMAT_VERSION, "steps": steps}}
+    return {**base, "state": state, "bnp": {"version": FORMAT_VERSION, **header}}
 
 
 def split(state_dict: Mapping[str, Any], groups: Iterable[dict[str, Any]], tracker: Tracker) -> Loaded:
@@ -83,12 +92,13 @@ def split(state_dict: Mapping[str, Any], groups: Iterable[dict[str, Any]], track
     Raises:
         ValueError: if it holds statistics of other layers or shapes, or of a newer format, or is damaged.
     """
-    header = state_dict.get("bnp", {"version": FORMAT_VERSION, "steps": 0})
+    header = state_dict.get("bnp", {"version": FORMAT_VERSION, "steps": 0, "form": None})
     least = {"version": 1, "steps": 0}
-    if not isinstance(header, dict) or not all(_whole(header.get(key), low) for key, low in least.items()):
+    whole = isinstance(header, dict) and all(_whole(header.get(key), low) for key, low in least.items())
+    if not whole or header.get("form") not in (None, "gradient", "two_sided"):
         raise ValueError(
             f"state_dict['bnp'] is {header!r}, it must hold whole numbers 'version' (at least 1) and 'steps' (at "
-            "least 0): it is damaged, save it anew"
+            "least 0), and a 'form', 'gradient' or 'two_sided', if any: it is damaged, save it anew"
         )
     if header["version"] > FORMAT_VERSION:
         raise ValueError(
@@ -124,7 +134,30 @@ def split(state_dict: Mapping[str, Any], groups: Iterable[dict[str, Any]], track
             travelled = True
     base = {k: v for k, v in state_dict.items() if k != "bnp"} | {"state": base_state}
     foreign = not travelled and "bnp" not in state_dict and bool(tracker.layers)
-    return Loaded(base, snapshots, header["steps"], foreign)
+    version = header["version"] if "bnp" in state_dict else 0
+    return Loaded(base, snapshots, header["steps"], foreign, header.get("form"), version)
+
+
+def check_form(loaded: Loaded, form: str, *, chosen: bool, adaptive: bool) -> None:
+    """Refuse a base's moments that were collected in the other form: they are in other coordinates.
+
+    Files of format 1 do not say in which. "auto" was the gradient form around SGD with momentum then; who passes a
+    ``mode`` (``chosen``) is believed.
+
+    Raises:
+        ValueError: naming the ``mode`` to pass.
+    """
+    saved = loaded.form
+    if loaded.version == 1 and not chosen and not adaptive:
+        saved = "gradient"
+    moments = any(
+        isinstance(v, Tensor) and v.dim() for entries in loaded.base["state"].values() for v in entries.values()
+    )
+    if saved not in (None, form) and moments:
+        raise ValueError(
+            f"state_dict was saved in the form {saved!r}, and this optimizer has {form!r}: the base's moments in it "
+            f"are in other coordinates. Pass mode={saved!r}"
+        )
 
 
 def _check(layer: Layer, snapshot: Mapping[str, Tensor], tracker: Tracker) -> None:

@@ -16,7 +16,7 @@ from bnp_optim.advice import COLD, at_first_steps, at_the_door
 from bnp_optim.application import CompiledTransforms, apply_to_all, gradient_task
 from bnp_optim.around import AroundOptimizer
 from bnp_optim.bases import enter, leave, traits_of
-from bnp_optim.checkpoint import is_rehearsal, merge, split
+from bnp_optim.checkpoint import check_form, is_rehearsal, merge, split
 from bnp_optim.checks import (
     check_after_backward,
     check_decay,
@@ -66,7 +66,8 @@ class BNPreconditioner(AroundOptimizer):
         var_rel_eps: ε1 ≥ 0 of σ̃² = σ² + ε1·max(σ²) + ε2. 1e-2: the paper's.
         var_eps: ε2 > 0. 1e-4: the paper's.
         mode: "gradient" feeds P Pᵀg to the base; "two_sided" runs the base in z, w = P z, as adaptive bases need.
-            "auto" picks "gradient" for SGD and ASGD and "two_sided" for all others. Bases that read their
+            "auto" picks "gradient" for plain SGD, where both take the same steps, and ASGD, and "two_sided" for all
+            others, SGD with momentum among them (docs/ablations.md). Bases that read their
             parameters (Adafactor, LAMB, LARS) see w, not z.
         step_scale: q². "trace": the trace of the batch's preconditioned second moment over N; on dense layers at
             batch size 1 that is the exact norm, so an outlier cannot blow the step up (the default: one learning
@@ -303,7 +304,8 @@ class BNPreconditioner(AroundOptimizer):
             pre_hook(self)
         steps, started = self._progress["steps"] % self._settings["stat_interval"], self._progress["started"] > 0
         base = self.base_optimizer.state_dict()
-        state_dict = merge(base, self.param_groups, self._tracker, steps=steps, started=started)
+        header = {"steps": steps, "form": self._form}
+        state_dict = merge(base, self.param_groups, self._tracker, header, started=started)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = post_hook(self, state_dict) or state_dict
         return state_dict
@@ -314,12 +316,14 @@ class BNPreconditioner(AroundOptimizer):
         Samples that wait for a step are dropped: their gradients are not in the checkpoint.
 
         Raises:
-            ValueError: if it belongs to other layers, shapes or parameter groups. Nothing is loaded then.
+            ValueError: if it belongs to other layers, shapes or parameter groups, or if the base's moments in it were
+                collected in the other form. Nothing is loaded then.
         """
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
         loaded = split(state_dict, self.param_groups, self._tracker)
+        check_form(loaded, self._form, chosen=self._settings["mode"] != "auto", adaptive=self._traits.adaptive)
         self.base_optimizer.load_state_dict(loaded.base)
         self._tracker.reset()
         for layer, snapshot in loaded.snapshots.items():

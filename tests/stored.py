@@ -23,13 +23,15 @@ from bnp_optim.checkpoint import FORMAT_VERSION
 from tests.conftest import train
 
 FOLDER = Path(__file__).parent / "data"
-CASES: dict[str, Callable[[nn.Module], BNPreconditioner]] = {
+CASES: dict[str, Callable[[nn.Module], BNPreconditioner]] = {  # "momentum" came with format 2
     "SGD": lambda m: BNPreconditioner(torch.optim.SGD(m.parameters(), lr=0.1), m),
     "SGD-spectral": lambda m: BNPreconditioner(
-        torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9), m, step_scale="spectral", stat_interval=3
+        torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9), m, mode="gradient", step_scale="spectral",
+        stat_interval=3,
     ),
+    "momentum": lambda m: BNPreconditioner(torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9), m),
     "AdamW": lambda m: BNPreconditioner(torch.optim.AdamW(m.parameters(), lr=0.02, weight_decay=0.1), m),
-}
+}  # fmt: skip
 
 
 def net() -> nn.Sequential:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -286,3 +287,28 @@ def test_pauses_nest_and_end_with_an_exception() -> None:
     optimizer.step()
     assert optimizer.statistics["0"].count == 16
     torch.testing.assert_close(optimizer.statistics["0"].mean, torch.cat([b, c]).mean(0))
+
+
+@pytest.mark.parametrize(("momentum", "form"), [(0.0, "gradient"), (0.9, "two_sided")])
+def test_momentum_is_collected_in_z(momentum: float, form: str) -> None:
+    """Around SGD "auto" is bitwise the form that it names, and the forms differ if there is momentum."""
+    torch.manual_seed(0)
+    model, data = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)), [torch.randn(3, 4) * 3 for _ in range(6)]
+    ends = {}
+    for mode in ("auto", "gradient", "two_sided"):
+        net = copy.deepcopy(model)
+        base = torch.optim.SGD(net.parameters(), lr=0.1, momentum=momentum, nesterov=momentum > 0)
+        optimizer = BNPreconditioner(base, net, mode=mode)
+        assert f"mode={form if mode == 'auto' else mode!r}".replace("'", "") in repr(optimizer).replace("'", "")
+        train(net, optimizer, data)
+        ends[mode] = torch.cat([p.detach().flatten() for p in net.parameters()])
+    assert torch.equal(ends["auto"], ends[form])
+    apart = float((ends["gradient"] - ends["two_sided"]).abs().max())
+    assert apart > 1e-2 if momentum else apart < 1e-6
+
+
+def test_one_group_with_momentum_makes_the_optimizer_two_sided() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 2))
+    groups = [{"params": model[0].parameters()}, {"params": model[1].parameters(), "momentum": 0.9}]
+    assert "two_sided" in repr(BNPreconditioner(torch.optim.SGD(groups, lr=0.1), model))
+    assert "gradient" in repr(BNPreconditioner(torch.optim.SGD(model.parameters(), lr=0.1), model))

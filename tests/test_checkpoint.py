@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from bnp_optim import BNPreconditioner
 from tests.conftest import backward, inputs, mlp, same, train, weights
@@ -42,6 +43,7 @@ DAMAGE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "bool": lambda d: d["bnp"].update(version=True),
     "older than the first": lambda d: d["bnp"].update(version=0),
     "steps below zero": lambda d: d["bnp"].update(steps=-1),
+    "form": lambda d: d["bnp"].update(form="sideways"),
     "newer": lambda d: d["bnp"].update(version=99),
 }
 
@@ -277,3 +279,37 @@ def test_a_checkpoint_amid_gradient_accumulation(name: str) -> None:
         o.step()
     assert resumed.statistics["0"].count == fresh.statistics["0"].count == 16
     assert same(weights(resumed_model), weights(train_from_file))
+
+
+def momentum(mode: str, heavy: float = 0.9) -> tuple[nn.Module, BNPreconditioner]:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    return model, BNPreconditioner(torch.optim.SGD(model.parameters(), lr=0.1, momentum=heavy), model, mode=mode)
+
+
+@pytest.mark.parametrize(("saved", "loads"), [("gradient", "auto"), ("two_sided", "gradient")])
+def test_moments_of_the_other_form_are_refused(saved: str, loads: str) -> None:
+    model, optimizer = momentum(saved)
+    train(model, optimizer, [torch.randn(4, 3)])
+    file = copy.deepcopy(optimizer.state_dict())
+    other, receiver = momentum(loads)
+    train(other, receiver, [torch.ones(4, 3)])
+    before = copy.deepcopy(receiver.state_dict())
+    with pytest.raises(ValueError, match=f"saved in the form '{saved}'.*Pass mode='{saved}'"):
+        receiver.load_state_dict(file)
+    assert same(receiver.state_dict(), before)
+
+    model, optimizer = momentum(saved, heavy=0.0)  # without moments the forms are one
+    train(model, optimizer, [torch.randn(4, 3)])
+    momentum(loads, heavy=0.0)[1].load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def test_format_1_had_the_gradient_form_around_momentum() -> None:
+    model, optimizer = momentum("gradient")
+    train(model, optimizer, [torch.randn(4, 3)])
+    file = copy.deepcopy(optimizer.state_dict())
+    file["bnp"] = {"version": 1, "steps": 1}
+    with pytest.raises(ValueError, match="Pass mode='gradient'"):
+        momentum("auto")[1].load_state_dict(copy.deepcopy(file))
+    for chosen in ("gradient", "two_sided"):  # who passes a mode knows
+        momentum(chosen)[1].load_state_dict(copy.deepcopy(file))

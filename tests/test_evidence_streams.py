@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("matplotlib", reason="the benchmarks draw")
 pytest.importorskip("tqdm", reason="the benchmarks show progress")
 
-from benchmarks.evidence import progressive, streaming_report, streams
+from benchmarks.evidence import progressive, streaming_plan, streaming_report, streams
 from benchmarks.evidence.contenders import CONTENDERS
 from benchmarks.evidence.progressive import OtherRun, StreamRun, score, train
 from benchmarks.evidence.replicas import run_streams
@@ -56,6 +56,29 @@ def test_scaling_is_that_of_river() -> None:
         scaler.learn_one(sample)
         rows.append(list(scaler.transform_one(sample).values()))
     np.testing.assert_allclose(scaled(x), np.array(rows), rtol=1e-8, atol=1e-10)
+
+
+def test_scaling_of_targets_is_that_of_river() -> None:
+    preprocessing = pytest.importorskip("river.preprocessing", reason="river is not installed")
+    from river.base import Regressor
+
+    class Recorder(Regressor):
+        learned = 0.0
+
+        def learn_one(self, x: dict[str, float], y: float) -> None:
+            self.learned = y
+
+        def predict_one(self, x: dict[str, float]) -> float:
+            return 0.7
+
+    regression = Stream(np.zeros((40, 1)), np.random.default_rng(0).normal(40, 3, 40), 0)
+    stream, recorder = streams.with_scaled_target(regression), Recorder()
+    model = preprocessing.TargetStandardScaler(recorder)
+    for i, y in enumerate(stream.y):
+        assert stream.gap(i, 0.7) == pytest.approx(model.predict_one({}) - y, rel=1e-9)
+        model.learn_one({}, y)
+        assert stream.target(i) == pytest.approx(recorder.learned, rel=1e-9)
+    assert regression.target(3) == stream.y[3] and regression.gap(3, 41.0) == 41.0 - stream.y[3]
 
 
 def test_a_shift_comes_in_the_middle_and_keeps_the_answers() -> None:
@@ -132,3 +155,16 @@ def test_the_report_says_what_is_there(tmp_path: Path) -> None:
     row = next(line for line in text.splitlines() if line.startswith("| SGD | toy | raw |"))
     found = [float(v.strip(" †")) for v in row.split("|")[4:-1]]
     assert all(math.isclose(a, b, abs_tol=6e-4) for a, b in zip(found, errors, strict=True))
+
+
+def test_a_curve_that_was_not_published_is_made_anew(tmp_path: Path) -> None:
+    counts, nets = {"toy": 100}, ["SGD"]
+    cache = Cache(tmp_path)
+    found = run_streams(all_runs(counts, nets, (0, 1)), cache)
+    assert streaming_plan.without_curve(found, counts, nets) == []
+    one = chosen_rates(found, counts, nets)["SGD", "toy", "raw"].one
+    bare = {run: {"error": r["error"]} if run.seed else r for run, r in found.items()}
+    missing = streaming_plan.without_curve(bare, counts, nets)
+    assert [(r.inputs, r.seed, r.learning_rate) for r in missing] == [("raw", 1, one), ("scaled", 1, one)]
+    cache.forget(missing)
+    assert set(found) - set(cache.found(found)) == set(missing)

@@ -18,9 +18,16 @@ def test_every_format_up_to_the_present_one_is_here() -> None:
     assert [f.stem for f in FILES] == [f"state_dict_v{i}" for i in range(1, FORMAT_VERSION + 1)]
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
-@pytest.mark.parametrize("case", CASES)
-def test_a_stored_file_loads_bitwise_and_goes_on(case: str, file: Any) -> None:
+FIRST = "state_dict_v1"
+HELD = [(f, case) for f in FILES for case in torch.load(f, weights_only=True)]
+
+
+def test_every_case_is_in_the_latest_file() -> None:
+    assert [case for f, case in HELD if f == FILES[-1]] == list(CASES)
+
+
+@pytest.mark.parametrize(("file", "case"), HELD, ids=lambda v: getattr(v, "stem", v))
+def test_a_stored_file_loads_bitwise_and_goes_on(file: Any, case: str) -> None:
     stored = torch.load(file, weights_only=True)[case]
     model = net()
     optimizer = CASES[case](model)
@@ -41,16 +48,19 @@ def test_a_stored_file_loads_bitwise_and_goes_on(case: str, file: Any) -> None:
     torch.testing.assert_close(optimizer.state_dict()["state"], expected["optimizer"]["state"], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_file_holds_what_it_is_there_for(case: str) -> None:
-    """Entries of the base and of ours, in the first format: a file without them would test nothing."""
-    saved = torch.load(FOLDER / "state_dict_v1.pt", weights_only=True)[case]["before"]["optimizer"]
-    assert saved["bnp"] == {"version": 1, "steps": 5}
+@pytest.mark.parametrize(("file", "case"), HELD, ids=lambda v: getattr(v, "stem", v))
+def test_the_file_holds_what_it_is_there_for(file: Any, case: str) -> None:
+    """Entries of the base and of ours, in its format: a file without them would test nothing."""
+    saved = torch.load(file, weights_only=True)[case]["before"]["optimizer"]
+    form = {"form": "two_sided" if case in ("AdamW", "momentum") else "gradient"} if file.stem != FIRST else {}
+    steps = 2 if case == "SGD-spectral" and file.stem != FIRST else 5 if file.stem == FIRST else 0
+    assert saved["bnp"] == {"version": int(file.stem[-1]), "steps": steps} | form
     own = {"bnp_mean", "bnp_variance", "bnp_count", "bnp_mass", "bnp_q2"}
-    base = {"SGD": set(), "SGD-spectral": {"momentum_buffer"}, "AdamW": {"step", "exp_avg", "exp_avg_sq"}}[case]
+    momentum = {"momentum_buffer"}
+    base = {"SGD": set(), "SGD-spectral": momentum, "momentum": momentum, "AdamW": {"step", "exp_avg", "exp_avg_sq"}}
     own |= {"bnp_direction"} if case == "SGD-spectral" else set()
-    assert [set(saved["state"][i]) for i in (0, 2, 4)] == [own | base] * 3  # the weights
-    assert [set(saved["state"][i]) for i in (1, 3)] == [base] * 2  # the biases
+    assert [set(saved["state"][i]) for i in (0, 2, 4)] == [own | base[case]] * 3  # the weights
+    assert [set(saved["state"].get(i, ())) for i in (1, 3)] == [base[case]] * 2  # the biases
     observations = 2 if case == "SGD-spectral" else 5  # measured at the first and the fourth step, or always
     assert [int(saved["state"][i]["bnp_count"]) for i in (0, 2, 4)] == [
         4 * n * observations for n in (16, 1, 1)

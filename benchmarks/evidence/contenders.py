@@ -28,6 +28,7 @@ from bnp_optim.layers.conv import ConvAdapter
 SGD_RATES = (1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 ADAPTIVE_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1)
 _DEFAULTS = {name: p.default for name, p in inspect.signature(BNPreconditioner).parameters.items()}
+_IMPLIED = {"sgd": "gradient", "momentum": "gradient"}  # the form that keys and published results leave out
 _SGD_LIKE = ("sgd", "momentum", "kfac, no momentum", "shampoo")
 
 
@@ -67,7 +68,7 @@ class Contender:
             return base
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a form that is chosen against advice is what an ablation is
-            return BNPreconditioner(base, model, **dict(self.bnp))
+            return BNPreconditioner(base, model, **{"mode": _IMPLIED.get(self.base, "two_sided"), **dict(self.bnp)})
 
     def context(self) -> AbstractContextManager[None]:
         """What must hold while it trains."""
@@ -77,7 +78,8 @@ class Contender:
 def bnp(name: str, base: str, variant: str = "", **options: Any) -> Contender:
     """BNP around ``base``; options that are defaults are left out, so that the same runs have the same key."""
     options = {k: v for k, v in options.items() if v != _DEFAULTS[k]}
-    if options.get("mode") == ("gradient" if base in ("sgd", "momentum") else "two_sided"):
+    mode = options.setdefault("mode", "gradient" if base == "sgd" else "two_sided")  # what "auto" picks
+    if mode == _IMPLIED.get(base, "two_sided"):
         del options["mode"]
     return Contender(name, base, bnp=tuple(sorted(options.items())), variant=variant)
 
@@ -134,6 +136,12 @@ def _soap(model: nn.Module, lr: float) -> Optimizer:
     return SOAP(model.parameters(), lr=lr)
 
 
+def _soap_without_decay(model: nn.Module, lr: float) -> Optimizer:
+    from pytorch_optimizer import SOAP
+
+    return SOAP(model.parameters(), lr=lr, weight_decay=0.0)  # of z it would not be the decay of w
+
+
 def _shampoo(model: nn.Module, lr: float) -> Optimizer:
     from pytorch_optimizer import Shampoo
 
@@ -147,11 +155,13 @@ BASES: dict[str, Callable[[nn.Module, float], Optimizer]] = {
     "muon": _muon,
     "kfac, no momentum": _kfac,
     "soap": _soap,
+    "soap, no decay": _soap_without_decay,
     "shampoo": _shampoo,
 }
 PACKAGES = {
     "kfac, no momentum": "singd",
     "soap": "pytorch_optimizer",
+    "soap, no decay": "pytorch_optimizer",
     "shampoo": "pytorch_optimizer",
 }
 OPTIONS: dict[str, dict[str, Any]] = {  # of these packages; with the version they are the fingerprint
@@ -180,9 +190,10 @@ CONTENDERS: dict[str, Contender] = {
         Contender("GN + AdamW", "adamw", "gn"),
         Contender("ON + SGD", "sgd", "on"),
         Contender("ON + AdamW", "adamw", "on"),
-        bnp("BNP-momentum, two-sided", "momentum", mode="two_sided"),
-        bnp("BNP-momentum, two-sided, spectral", "momentum", mode="two_sided", step_scale="spectral"),
+        bnp("BNP-momentum, gradient form", "momentum", mode="gradient"),
+        bnp("BNP-momentum, spectral", "momentum", step_scale="spectral"),
         Contender("SOAP", "soap", slow=True),
+        replace(bnp("BNP-SOAP", "soap, no decay"), slow=True),
         Contender("K-FAC", "kfac, no momentum", slow=True),
         Contender("Shampoo", "shampoo", slow=True),
     )

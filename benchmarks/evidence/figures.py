@@ -25,7 +25,7 @@ STYLES: dict[str, dict[str, Any]] = {
         "#009E73": ("momentum", "BNP-momentum"),
         "#E69F00": ("AdamW", "BNP-AdamW"),
         "#CC79A7": ("Muon", "BNP-Muon"),
-        "#000000": ("SOAP",),
+        "#000000": ("SOAP", "BNP-SOAP"),
         "#999999": ("BN + AdamW",),
     }.items()
     for name in names

@@ -23,7 +23,6 @@ class Scope:
         seeds: The reporting seeds.
         whole_grid: Whether these run over the whole grid, or only at the rate that the tuning seed chose.
         slow: Batch sizes and schedules of the slow contenders; None: all.
-        slow_seeds: Their reporting seeds; None: the same.
     """
 
     task: str
@@ -33,7 +32,6 @@ class Scope:
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     whole_grid: bool = True
     slow: tuple[tuple[int, str], ...] | None = None
-    slow_seeds: tuple[int, ...] | None = None
 
     def cells(self) -> Iterator[tuple[Contender, int, str]]:
         """(contender, batch size, schedule), the quick contenders of a batch size first."""
@@ -56,8 +54,6 @@ class Scope:
         runs = []
         for seed in self.seeds:
             for c, b, s in self.cells():
-                if c.slow and self.slow_seeds is not None and seed not in self.slow_seeds:
-                    continue
                 chosen = choose(self, c, b, s, results)
                 if chosen is not None:
                     rates = c.rates if self.whole_grid else (chosen,)
@@ -113,7 +109,7 @@ SHORT = {
     "sequential": {1: 1_000, 16: 6_400, 64: 12_800},
 }
 QUICK = {1: 1_300, 16: 2_600}  # of the digits
-_SLOW = tuple((batch_size, "constant") for batch_size in (64, 16, 1))
+_SLOW = tuple((batch_size, "constant") for batch_size in (64, 16, 256, 1))
 _MAIN = tuple(name for name in CONTENDERS if name != "Shampoo")
 _LEAN = tuple(name for name in _MAIN if name not in ("LN + SGD", "ON + SGD", "ON + AdamW", "K-FAC"))
 # singd's K-FAC trains Linear and Conv2d, and would leave an LSTM as it is
@@ -131,17 +127,12 @@ PRESETS = {
         Preset(
             "short",
             (
-                Scope(
-                    "fashion", SHORT["fashion"], _MAIN, whole_grid=False, slow=_SLOW,
-                    slow_seeds=(1, 2),
-                ),
-                Scope(
-                    "cifar", SHORT["cifar"], _LEAN, whole_grid=False,
-                ),
-                Scope("digits", SHORT["digits"], whole_grid=False, slow=_SLOW, slow_seeds=(1, 2)),
+                Scope("fashion", SHORT["fashion"], _MAIN, whole_grid=False, slow=_SLOW),
+                Scope("cifar", SHORT["cifar"], _LEAN, whole_grid=False),
+                Scope("digits", SHORT["digits"], whole_grid=False, slow=_SLOW),
                 Scope(
                     "sequential", SHORT["sequential"], _RECURRENT, seeds=(1, 2, 3), whole_grid=False,
-                    slow=((16, "constant"),), slow_seeds=(1, 2),
+                    slow=((16, "constant"),),
                 ),
             ),
             "fewer tasks, samples and seeds; reporting seeds only at the rate that the tuning seed chose",

@@ -32,8 +32,8 @@ class StreamRun:
     """An MLP 32-32 on a stream, in float32, cross-entropy or squared error, one step per sample.
 
     Args:
-        fold: After so many samples, which are predicted but not learned from, express the initial weights in
-            normalized coordinates (:func:`bnp_optim.fold_normalization`); 0: do not.
+        fold: After so many samples, which are predicted and kept, express the initial weights in normalized
+            coordinates (:func:`bnp_optim.fold_normalization`) and learn from them, in their order; 0: do not.
     """
 
     stream: str
@@ -49,7 +49,8 @@ class StreamRun:
         stream = load(self.stream, self.inputs, self.samples)
         content = hashlib.sha256(stream.x.round(6).tobytes() + stream.y.tobytes()).hexdigest()[:12]
         parts = (PROTOCOL, self.stream, self.inputs, content, self.contender.key, self.learning_rate, self.seed,
-                 self.fold, WIDTHS, torch.__version__)  # fmt: skip
+                 (self.fold, "then learned from") if self.fold else 0, WIDTHS, torch.__version__,
+                 *(() if stream.units is None else ("target scaled",)))  # fmt: skip
         return "s" + hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 
     def describe(self) -> dict[str, Any]:
@@ -68,40 +69,50 @@ def train(run: StreamRun) -> dict[str, Any]:
     """The progressive error of a net; see :func:`score`."""
     stream = load(run.stream, run.inputs, run.samples)
     x = torch.from_numpy(stream.x).float()
-    y = torch.from_numpy(stream.y).float() if stream.classes == 0 else torch.from_numpy(stream.y)
     torch.manual_seed(run.seed)
     model = mlp((x.shape[1], *WIDTHS, stream.classes or 1), run.contender.norm)
     with run.contender.context():
-        errors, seconds = _learn(run, model, x, y, stream)
+        errors, seconds = _learn(run, model, x, stream)
     return score(errors, stream, seconds)
 
 
-def _learn(run: StreamRun, model: nn.Module, x: torch.Tensor, y: torch.Tensor, stream: Stream) -> tuple[Any, float]:
+def _learn(run: StreamRun, model: nn.Module, x: torch.Tensor, stream: Stream) -> tuple[Any, float]:
     errors = np.full(len(x), np.nan)
     optimizer = None if run.fold else run.contender.make(model, run.learning_rate)
     start = time.process_time()
+
+    def learn(loss: torch.Tensor) -> None:
+        assert optimizer is not None
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
     for i in range(len(x)):
         if i == run.fold and optimizer is None:
             from bnp_optim import fold_normalization
 
             fold_normalization(model, x[:i])
             optimizer = run.contender.make(model, run.learning_rate)
+            for j in range(i):
+                learn(_loss(stream, j, model(x[j : j + 1])))
         output = model(x[i : i + 1])
         if stream.classes:
-            errors[i] = int(output.argmax()) != int(y[i])
-            loss = F.cross_entropy(output, y[i : i + 1])
+            errors[i] = int(output.argmax()) != int(stream.y[i])
         else:
-            errors[i] = abs(output.item() - y[i].item())
-            loss = F.mse_loss(output[:, 0], y[i : i + 1])
+            errors[i] = abs(stream.gap(i, output.item()))
+        loss = _loss(stream, i, output)
         if not math.isfinite(loss.item()):
             errors[i] = np.nan
             break
-        if optimizer is None:
-            continue
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        if optimizer is not None:
+            learn(loss)
     return errors, time.process_time() - start
+
+
+def _loss(stream: Stream, i: int, output: torch.Tensor) -> torch.Tensor:
+    if stream.classes:
+        return F.cross_entropy(output, torch.tensor([int(stream.y[i])]))
+    return F.mse_loss(output[:, 0], output.new_tensor([stream.target(i)]))
 
 
 def score(errors: np.ndarray, stream: Stream, seconds: float) -> dict[str, Any]:
@@ -130,14 +141,20 @@ def _linear(stream: Stream) -> Any:
 
     scaler = preprocessing.StandardScaler()
     if stream.classes == 0:
-        return scaler | linear_model.LinearRegression()
+        return scaler | _in_units(stream, linear_model.LinearRegression())
     return scaler | (linear_model.LogisticRegression() if stream.classes == 2 else linear_model.SoftmaxRegression())
 
 
 def _tree(stream: Stream) -> Any:
     from river import tree
 
-    return tree.HoeffdingTreeClassifier() if stream.classes else tree.HoeffdingTreeRegressor()
+    return tree.HoeffdingTreeClassifier() if stream.classes else _in_units(stream, tree.HoeffdingTreeRegressor())
+
+
+def _in_units(stream: Stream, model: Any) -> Any:
+    from river import preprocessing
+
+    return model if stream.units is None else preprocessing.TargetStandardScaler(model)
 
 
 def _of_river(make: Callable[[Stream], Any]) -> Callable[[Stream], np.ndarray]:

@@ -226,7 +226,7 @@ def errors_of(
     dtype: torch.dtype = torch.float32, widths: Sequence[int] = WIDTHS,
 ) -> np.ndarray:  # fmt: skip
     """Errors (replicas, samples) of nets with ``rates[i]`` and ``seeds[i]``; NaN from a loss on that is not finite."""
-    x, y = torch.from_numpy(stream.x).to(dtype), torch.from_numpy(stream.y)
+    x = torch.from_numpy(stream.x).to(dtype)
     models = []
     for seed in seeds:
         torch.manual_seed(seed)
@@ -239,21 +239,28 @@ def errors_of(
             for model in models:
                 fold_normalization(model, x[:i])
             stack = Stack(contender, models, rates)
+            for j in range(i):
+                stack.learn(_slope(stream, j, stack.forward(x[j])))
         output = stack.forward(x[i])
         if stream.classes:
-            wrong = output.argmax(1) != y[i]
-            delta = output.softmax(1)
-            dead |= ~(output.logsumexp(1) - output[:, int(y[i])]).isfinite()
-            delta[:, int(y[i])] -= 1
-            errors[:, i] = torch.where(dead, torch.nan, wrong.double()).numpy()
+            error = (output.argmax(1) != int(stream.y[i])).double()
+            dead |= ~(output.logsumexp(1) - output[:, int(stream.y[i])]).isfinite()
         else:
-            gap = output[:, 0] - y[i].to(dtype)
-            dead |= ~gap.square().isfinite()
-            delta = 2 * gap[:, None]
-            errors[:, i] = torch.where(dead, torch.nan, gap.abs().double()).numpy()
+            error = stream.gap(i, output[:, 0].double()).abs()
+            dead |= ~output[:, 0].square().isfinite()
+        errors[:, i] = torch.where(dead, torch.nan, error).numpy()
         if i >= fold:
-            stack.learn(delta)
+            stack.learn(_slope(stream, i, output))
     return errors
+
+
+def _slope(stream: Stream, i: int, output: Tensor) -> Tensor:
+    """The loss's gradient with respect to the outputs (replicas, outputs)."""
+    if stream.classes:
+        delta = output.softmax(1)
+        delta[:, int(stream.y[i])] -= 1
+        return delta
+    return 2 * (output - stream.target(i))
 
 
 def run_streams(

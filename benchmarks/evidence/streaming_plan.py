@@ -89,3 +89,17 @@ def chosen_rates(
         for (stream, inputs), errors in grid.items():
             chosen[net, stream, inputs] = Rates(rates[errors.index(min(errors))], one, kinds[inputs])
     return chosen
+
+
+def without_curve(
+    results: Mapping[StreamRun, Mapping[str, Any]], streams: Mapping[str, int], nets: Sequence[str]
+) -> list[StreamRun]:
+    """Runs at the one rate of which only the error was published, at a time when another rate was the one."""
+    chosen = chosen_rates(results, streams, nets)
+    return [
+        run
+        for run, result in results.items()
+        if (rates := chosen.get((net_of(run), run.stream, run.inputs)))
+        and run.learning_rate == rates.one
+        and "blocks" not in result
+    ]

@@ -139,9 +139,10 @@ def markdown(
         "",
         *_grids(streams, seeds, chosen, results),
         "",
-        "BNP with all its defaults; folded: after fold_normalization on the first 20 samples, which are predicted but "
-        "not learned from. ON: Online Normalization after every hidden layer. scaled: river's StandardScaler, "
-        "running. river's models with their defaults; the linear one sees scaled inputs always.",
+        "BNP with all its defaults; folded: the first 20 samples are predicted and kept, then fold_normalization sees "
+        "them and the net learns them in their order. target scaled: by river's TargetStandardScaler, which its models "
+        "get too; errors are in the original units. ON: Online Normalization after every hidden layer. scaled: river's "
+        "StandardScaler, running. river's models with their defaults; the linear one sees scaled inputs always.",
         "",
         made_with(document["environment"], document["cpu_seconds"]),
         "",
@@ -205,7 +206,7 @@ def _grids(streams: Mapping[str, int], seeds: Sequence[int], chosen: Chosen, res
 def figure(streams: Mapping[str, int], seeds: Sequence[int], chosen: Chosen, results: Results, path: Path) -> None:
     """Progressive error against samples: a column per stream, raw above, scaled below, each net at its one rate."""
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    columns = min(4, len(streams))
+    columns = min(5, len(streams))
     rows = -(-len(streams) // columns) * 2
     grid, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 2.5 * rows), squeeze=False)
     for i, (stream, n) in enumerate(streams.items()):

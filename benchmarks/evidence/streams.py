@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import islice
 from typing import Any, Literal
@@ -21,11 +21,25 @@ class Stream:
         x: (samples, features), float64.
         y: Class indices, or numbers.
         classes: How many; 0 for a regression.
+        units: Of a regression whose targets are standardized while they come, as river's TargetStandardScaler does it:
+            (samples + 1, 2), mean and standard deviation of the targets before each sample, and after the last.
     """
 
     x: np.ndarray
     y: np.ndarray
     classes: int
+    units: np.ndarray | None = None
+
+    def target(self, i: int) -> float:
+        """What a net learns at sample i: the number, in units of the targets up to and with it if they are scaled."""
+        if self.units is None:
+            return float(self.y[i])
+        mean, std = self.units[i + 1]
+        return float((self.y[i] - mean) / std) if std else 0.0
+
+    def gap(self, i: int, output: Any) -> Any:
+        """How far ``output`` is from sample i's number, in the units of y: scaled back by what was known before it."""
+        return output - self.y[i] if self.units is None else output * self.units[i, 1] + self.units[i, 0] - self.y[i]
 
     @property
     def chance(self) -> float:
@@ -60,6 +74,13 @@ def shifted(stream: Stream, seed: int = 0) -> Stream:
     return Stream(x, stream.y, stream.classes)
 
 
+def with_scaled_target(stream: Stream) -> Stream:
+    """The same numbers, standardized by the mean and the sample deviation of those that have come."""
+    before = [stream.y[:n] for n in range(len(stream.y) + 1)]
+    units = [(y.mean() if len(y) else 0.0, y.std(ddof=1) if len(y) > 1 else 0.0) for y in before]
+    return replace(stream, units=np.array(units))
+
+
 def _agrawal(count: int) -> Stream:
     from river.datasets import synth
 
@@ -85,6 +106,9 @@ STREAMS: dict[str, Callable[[int], Stream]] = {
     "Phishing": partial(_of_river, "Phishing"),
     "Bananas": partial(_of_river, "Bananas"),
     "TrumpApproval": partial(_of_river, "TrumpApproval", regression=True),
+    "TrumpApproval, target scaled": lambda count: with_scaled_target(
+        _of_river("TrumpApproval", count, regression=True)
+    ),
     "ImageSegments, shift": lambda count: shifted(_of_river("ImageSegments", count)),
     "Shuttle": partial(_of_river, "Shuttle"),
     "Agrawal, drift": _agrawal,
@@ -95,6 +119,7 @@ SAMPLES = {
     "Phishing": 1250,
     "Bananas": 5300,
     "TrumpApproval": 1001,
+    "TrumpApproval, target scaled": 1001,
     "ImageSegments, shift": 2310,
     "Shuttle": 10_000,
     "Agrawal, drift": 5000,
@@ -109,7 +134,7 @@ def load(name: str, inputs: Inputs, samples: int) -> Stream:
     Drifts and shifts come in the middle of the ``samples``.
     """
     stream = STREAMS[name](samples)
-    return stream if inputs == "raw" else Stream(scaled(stream.x), stream.y, stream.classes)
+    return stream if inputs == "raw" else replace(stream, x=scaled(stream.x))
 
 
 def scaled(x: np.ndarray) -> np.ndarray:

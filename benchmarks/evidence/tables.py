@@ -85,7 +85,8 @@ def lifts(cells: dict[tuple[str, int, str], Cell]) -> Iterator[Lift]:
     plain = {(c.base, c.norm): c.name for c in CONTENDERS.values() if c.bnp is None}
     for (name, batch_size, schedule), cell in cells.items():
         c = CONTENDERS[name]
-        base = cells.get((plain[c.base, "none"], batch_size, schedule)) if c.bnp is not None else None
+        own = c.base.removesuffix(", no decay")
+        base = cells.get((plain[own, "none"], batch_size, schedule)) if c.bnp is not None else None
         if base is None:
             continue
         shared = sorted(set(cell.accuracies) & set(base.accuracies))
