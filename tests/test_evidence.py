@@ -91,7 +91,7 @@ def test_a_method_that_cannot_go_on_has_diverged(monkeypatch: pytest.MonkeyPatch
         def step(self, closure: Any = None) -> Any:
             self.steps += 1
             if self.steps > 30:
-                torch.linalg.eigh(torch.full((2, 2), torch.nan))
+                torch.linalg.svd(torch.full((2, 2), torch.nan))
             return super().step(closure)
 
     monkeypatch.setitem(contenders.BASES, "sgd", lambda model, lr: Decomposing(model.parameters(), lr=lr))
@@ -256,13 +256,13 @@ def test_quick_has_every_method_over_its_whole_grid_and_is_published() -> None:
     (scope,) = PRESETS["quick"].scopes
     cells = {(c.name, b) for c, b, _ in scope.cells()}
     slow = {name for name, c in CONTENDERS.items() if c.slow}
-    assert slow == {"SOAP", "K-FAC", "Shampoo"}
+    assert slow == {"SOAP", "BNP-SOAP", "K-FAC", "Shampoo"}
     assert cells == {(n, b) for n in CONTENDERS for b in (1, 16)} - {(n, 1) for n in (*slow, "BN + SGD", "BN + AdamW")}
     document = json.loads((RESULTS / "convergence_digits_quick.json").read_text())
     made = {json.dumps({k: v for k, v in run.items() if k not in ("key", "result")}) for run in document["runs"]}
     assert {json.dumps(run.describe()) for run in scope.tuning()} <= made
     assert len(made) == len(scope.tuning()) + len(cells) * len(scope.seeds)
-    assert document["cpu_seconds"] < 300
+    assert document["cpu_seconds"] < 360
 
 
 def test_recurrent_nets_are_the_same_for_all_and_muon_takes_their_matrices() -> None:
