@@ -102,6 +102,8 @@ class StatisticsBank:
         self._samples: Tensor | None = None  # what the next two were made from
         self._inv_samples = self._taps_by_samples = self._taps
         self._singled = False  # whether _next.spread may have a 0
+        self._units: Tensor | None = None  # (layers, width); see bnp_optim.units
+        self._has_units = [False] * layers
         self._real = [(self.now.mean[i, :n], self.now.variance[i, :n]) for i, n in enumerate(sizes)]
         self._lay_out(device)
 
@@ -213,9 +215,12 @@ class StatisticsBank:
         return variance
 
     def _invert(self, values: _Values) -> None:
-        """1/σ̃ from the variances: σ̃² = σ² + ε1·max(σ²) + ε2."""
-        largest = values.variance.amax(1, keepdim=True)
-        floored = torch.add(values.variance, largest, alpha=self.options.var_rel_eps).add_(self.options.var_eps)
+        """1/σ̃ from the variances: σ̃² = σ² + ε1·max(σ²) + ε2, the maximum in the units of a fold, if there was one."""
+        if self._units is None:
+            floor = values.variance.amax(1, keepdim=True)
+        else:
+            floor = (values.variance / self._units).amax(1, keepdim=True) * self._units
+        floored = torch.add(values.variance, floor, alpha=self.options.var_rel_eps).add_(self.options.var_eps)
         torch.rsqrt(floored, out=values.inv_std)
 
     def _pour(self, values: _Values) -> None:
@@ -244,6 +249,17 @@ class StatisticsBank:
         """P of layer ``i``, taps spelled out; the same tensors at every step. Before its first samples it is I."""
         return self._factors[i]
 
+    def set_units(self, i: int, units: Tensor | None) -> None:
+        """Compare the inputs of layer ``i`` in ``units``, (channels,), from the next samples or snapshot on."""
+        self._has_units[i] = units is not None
+        if units is None and self._units is None:
+            return
+        if self._units is None:
+            self._units = torch.ones_like(self.now.variance)
+        self._units[i] = 1
+        if units is not None:
+            self._units[i, : units.numel()] = units
+
     def set_q2(self, i: int, q2: Tensor) -> None:
         """The "spectral" step scale, which comes from outside; :meth:`refresh` is due after the last of them."""
         self.now.q2[i] = q2
@@ -262,13 +278,14 @@ class StatisticsBank:
     def snapshot(self, i: int) -> dict[str, Tensor]:
         """Everything that the future of layer ``i`` depends on, as fresh tensors."""
         mean, variance = self._real[i]
+        units = self._units[i, : mean.numel()] if self._units is not None and self._has_units[i] else None
         return {
             "mean": mean.clone(),
             "variance": variance.clone(),
             "count": self.ledger.count(i),
             "mass": self.ledger.mass(i),
             "q2": self.now.q2[i].clone(),
-        }
+        } | ({} if units is None else {"units": units.clone()})
 
     def restore(self, i: int, snapshot: dict[str, Tensor]) -> None:
         """Put a snapshot back (of matching shapes)."""
@@ -277,6 +294,7 @@ class StatisticsBank:
         mean.copy_(snapshot["mean"])
         variance.copy_(snapshot["variance"])
         self.now.q2[i] = snapshot["q2"]
+        self.set_units(i, snapshot.get("units"))
         self.ledger.restore(i, snapshot["count"], snapshot["mass"])
         single = self.ledger.single if self.options.debias else None
         self._singled = single is not None

@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from bnp_optim.checks import check_number
 from bnp_optim.layers import LayerAdapter, Samples, adapter_for
 from bnp_optim.transform import Factors, from_z
+from bnp_optim.units import keep_units
 
 __all__ = ["fold_normalization"]
 
@@ -34,8 +35,12 @@ def fold_normalization(
     zero. Layers change one after the other in the order of the forward pass, so each sees inputs that its
     predecessors have normalized already.
 
+    The optimizer that is built next knows the variances that were found here, and compares small features with large
+    ones in these units (docs/method.md): training then does not depend on the units of the inputs.
+
     It changes the function that the model computes, so it is for the start of training, before the optimizer is
-    built. On a stream: collect the first samples (20 are a start), predict with the model as it is, then call this.
+    built. On a stream: collect the first samples (20 are a start), predict with the model as it is, call this, and then
+    learn from them.
 
     Args:
         model: Called once, in evaluation mode and without gradients.
@@ -65,13 +70,14 @@ def fold_normalization(
         )
     before: list[tuple[Tensor, Tensor]] = []
     done: dict[int, str] = {}
+    units: dict[nn.Module, Tensor] = {}
     training = {module: module.training for module in model.modules()}
 
     def fold(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             weight = module._parameters[_adapter(module).weight_name]
             if id(weight) not in done:  # tied weights, or a module that is called twice, change once
-                _fold(name, module, args, kwargs, var_rel_eps, var_eps, before)
+                units[module] = _fold(name, module, args, kwargs, var_rel_eps, var_eps, before)
                 done[id(weight)] = name
 
         return hook
@@ -95,6 +101,8 @@ def fold_normalization(
             handle.remove()
         for module, mode in training.items():
             module.training = mode
+    for module, variance in units.items():
+        keep_units(module, variance)
     return list(done.values())
 
 
@@ -122,7 +130,8 @@ def _fold(
     var_rel_eps: float,
     var_eps: float,
     before: list[tuple[Tensor, Tensor]],
-) -> None:
+) -> Tensor:
+    """Change the weight; returns σ̃² of its input channels."""
     adapter = _adapter(module)
     kept = adapter.keep(module, args, kwargs, None)
     (samples,) = adapter.read(module, kept) if kept is not None else (None,)
@@ -132,7 +141,8 @@ def _fold(
     variance, mean = _moments(name, samples)
     if var_rel_eps:
         variance = variance + var_rel_eps * variance.max()
-    inv_std = (variance + var_eps).rsqrt()
+    variance = variance + var_eps
+    inv_std = variance.rsqrt()
 
     weight, bias = part.find(module, part.weight), part.find(module, part.bias)
     assert weight is not None
@@ -147,6 +157,7 @@ def _fold(
     target.copy_(matrix.view_as(target))
     if bias is not None and shift is not None:
         bias.copy_(shift.view_as(bias))
+    return variance.to(weight.dtype)
 
 
 def _moments(name: str, samples: Samples) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from bnp_optim.sharding.localized import widened
 from bnp_optim.spectral import initial_direction
 from bnp_optim.statistics import LayerStatistics, StatisticsOptions, shelves
 from bnp_optim.transform import Factors
+from bnp_optim.units import units_of
 
 __all__ = ["Tracker"]
 
@@ -228,8 +229,9 @@ class Tracker:
         return snapshot
 
     def expected_shapes(self, layer: Layer) -> dict[str, torch.Size]:
-        """The shapes of a snapshot; "direction" only where it is in use."""
-        return {key: value.shape for key, value in self.snapshot(layer).items()}
+        """The shapes of a snapshot; "direction" only where it is in use, "units" always."""
+        shapes = {key: value.shape for key, value in self.snapshot(layer).items()}
+        return {**shapes, "units": shapes["mean"]}
 
     def restore(self, layer: Layer, snapshot: dict[str, Tensor]) -> None:
         """Put a snapshot back (of matching shapes)."""
@@ -275,6 +277,8 @@ class Tracker:
                     squared=self._squared,
                     on_host=self._reads,
                 )
+                for row, i in enumerate(numbers):
+                    bank.set_units(row, units_of(self.layers[i]))
                 self._shelves.append(
                     [
                         Place(self.layers[i], intakes[i], bank, row, *home_of(self.layers[i].weight))

@@ -121,8 +121,9 @@ def test_keys_tell_apart_what_matters_and_only_that() -> None:
     renamed = replace(toy(), contender=replace(CONTENDERS["SGD"], name="something else"))
     assert renamed.key == toy().key
     assert bnp("x", "sgd", step_scale="trace", mode="gradient").bnp == ()  # the defaults, spelled out
-    variants = [bnp("x", "momentum"), bnp("x", "momentum", mode="two_sided"), bnp("x", "momentum", stat_decay=0.9)]
+    variants = [bnp("x", "momentum"), bnp("x", "momentum", mode="gradient"), bnp("x", "momentum", stat_decay=0.9)]
     assert len({v.key for v in variants}) == 3
+    assert bnp("x", "momentum") == bnp("x", "momentum", mode="two_sided")
 
 
 def test_the_fingerprint_follows_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,6 +65,7 @@ def net_by_net(
 
 CASES = [(c, classes, 0) for c in CHOSEN for classes in (3, 0)]
 CASES += [(CONTENDERS[name], 3, 10) for name in ("SGD", "BNP-SGD", "BNP-AdamW")]
+CASES += [(bnp("BNP-SGD, layer floors", "sgd", "layer floors"), 3, 10)]
 
 
 @pytest.mark.parametrize(("contender", "classes", "fold"), CASES, ids=lambda v: getattr(v, "name", str(v)))

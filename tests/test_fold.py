@@ -159,3 +159,73 @@ def test_the_documented_example_starts_from_moderate_outputs() -> None:
 def _initial_bias() -> torch.Tensor:
     torch.manual_seed(0)
     return nn.Linear(4, 32).bias.detach()
+
+
+def folded_run(base: type[torch.optim.Optimizer], units: torch.Tensor, steps: int = 40, **options: Any) -> torch.Tensor:
+    """Predictions after training from a fold, on inputs in the given ``units``, one sample per step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    x = raw(steps + 20, 3) * units
+    fold_normalization(model, x[:20], var_eps=1e-30)
+    optimizer = BNPreconditioner(base(model.parameters(), lr=0.03), model, var_eps=1e-30, **options)
+    for i in range(20, len(x)):
+        optimizer.zero_grad()
+        (model(x[i : i + 1]) - x[i, 0] / units[0]).square().sum().backward()
+        optimizer.step()
+    return model(x).detach()
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
+def test_after_a_fold_training_does_not_depend_on_the_units_of_the_inputs(base: Any) -> None:
+    one, other = torch.ones(3, dtype=torch.float64), torch.tensor([1e3, 1e-2, 7.0], dtype=torch.float64)
+    torch.testing.assert_close(folded_run(base, one), folded_run(base, other), rtol=1e-6, atol=1e-8)
+
+
+def test_floors_are_in_the_units_of_the_fold() -> None:
+    """σ̃² = σ² + ε1 max_k(σ_k²/u_k) u + ε2, in NumPy; a layer that was not folded keeps ε1 max(σ²)."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double()
+    before, batch = raw(30, 3), raw(10, 3, seed=1)
+    fold_normalization(model, before, layers=["0"])
+    optimizer = BNPreconditioner(torch.optim.SGD(model.parameters(), lr=0.0), model, step_scale=None)
+    hidden = model[0](batch).detach().numpy()
+    model(batch).square().sum().backward()
+    gradients = [m.weight.grad.numpy().copy() for m in model]
+    biases = [m.bias.grad.numpy().copy() for m in model]
+    optimizer.step()
+    for i, a in enumerate((batch.numpy(), hidden)):
+        variance = a.var(0)
+        u = before.numpy().var(0) + EPS if i == 0 else np.ones(4)
+        floored = variance + 1e-2 * (variance / u).max() * u + EPS
+        expected = (gradients[i] - np.outer(biases[i], a.mean(0))) / floored
+        np.testing.assert_allclose(model[i].weight.grad.numpy(), expected, rtol=1e-9)
+
+
+def test_units_travel_with_copies_and_checkpoints_and_not_with_the_model() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double()
+    plain = copy.deepcopy(model)
+    fold_normalization(model, raw(30, 3))
+    assert list(model.state_dict()) == list(plain.state_dict())
+    optimizer = BNPreconditioner(torch.optim.SGD(model.parameters(), lr=0.01), model)
+
+    def train(net: nn.Module, around: BNPreconditioner, seed: int) -> None:
+        around.zero_grad()
+        net(raw(5, 3, seed)).square().sum().mul(1e-6).backward()
+        around.step()
+
+    train(model, optimizer, 1)
+    plain.load_state_dict(model.state_dict())  # never folded
+    resumed = BNPreconditioner(torch.optim.SGD(plain.parameters(), lr=0.01), plain)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    copied, around = copy.deepcopy((model, optimizer))
+    for net, opt in ((model, optimizer), (plain, resumed), (copied, around)):
+        train(net, opt, 2)
+        opt.rescan()
+        train(net, opt, 3)
+        assert all(torch.equal(a, b) for a, b in zip(net.parameters(), model.parameters(), strict=True))
+
+    damaged = copy.deepcopy(optimizer.state_dict())
+    damaged["state"][0]["bnp_units"] = torch.ones(2)
+    with pytest.raises(ValueError, match="bnp_units of shape"):
+        resumed.load_state_dict(damaged)

@@ -45,6 +45,11 @@ BASES: dict[str, dict[str, dict[str, Any]]] = {
 # The two-sided form has the base compute its update from zero and adds it to w afterwards. Where torch adds in one
 # rounding, or in two portions, that is another rounding of the same sum:
 ANOTHER_ROUNDING = {
+    **{
+        (f"SGD {kind}", form): "fuses lr·buffer with the sum"
+        for kind in ("nesterov", "maximize")
+        for form in ("for-loop", "foreach", "fused")
+    },
     ("NAdam", "for-loop"): "adds gradient and momentum one after the other",
     ("NAdam", "foreach"): "adds gradient and momentum one after the other",
     ("RAdam", "foreach"): "fuses the last product with the sum",

@@ -280,11 +280,19 @@ def first_floors() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def layer_floors() -> Iterator[None]:
+    """Inside, floors are relative to the layer's largest variance in its inputs' own units, folded or not."""
+    with mock.patch.object(StatisticsBank, "set_units", return_value=None):
+        yield
+
+
 VARIANTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "positions": positions,
     "feature floors": feature_floors,
     "geometric floors": geometric_floors,
     "first floors": first_floors,
+    "layer floors": layer_floors,
 }
 
 

@@ -109,7 +109,7 @@ SHORT = {
     "sequential": {1: 3_000, 16: 12_800, 64: 25_600},
 }
 QUICK = {1: 1_300, 16: 2_600}  # of the digits
-_SLOW = tuple((batch_size, "constant") for batch_size in (64, 16, 256, 1))
+_SLOW = (*((batch_size, "constant") for batch_size in (64, 16, 256, 1)), (16, "linear"))
 _MAIN = tuple(name for name in CONTENDERS if name != "Shampoo")
 _LEAN = tuple(name for name in _MAIN if name not in ("LN + SGD", "ON + SGD", "ON + AdamW", "K-FAC"))
 # singd's K-FAC trains Linear and Conv2d, and would leave an LSTM as it is

@@ -49,7 +49,7 @@ class StreamRun:
         stream = load(self.stream, self.inputs, self.samples)
         content = hashlib.sha256(stream.x.round(6).tobytes() + stream.y.tobytes()).hexdigest()[:12]
         parts = (PROTOCOL, self.stream, self.inputs, content, self.contender.key, self.learning_rate, self.seed,
-                 (self.fold, "then learned from") if self.fold else 0, WIDTHS, torch.__version__,
+                 (self.fold, "then learned from", "in its units") if self.fold else 0, WIDTHS, torch.__version__,
                  *(() if stream.units is None else ("target scaled",)))  # fmt: skip
         return "s" + hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 

@@ -26,6 +26,7 @@ from benchmarks.evidence.runner import Cache, run_all, single_threaded
 from benchmarks.evidence.streams import Stream, load
 from benchmarks.workloads import mlp
 from bnp_optim import fold_normalization
+from bnp_optim.units import UNITS
 
 _OPTIONS = {"stat_decay", "var_rel_eps", "var_eps", "step_scale"}
 
@@ -38,7 +39,7 @@ def supports(contender: Contender) -> bool:
         and contender.norm in ("none", "on")
         and set(options) <= _OPTIONS
         and options.get("step_scale", "trace") in ("trace", None)
-        and contender.variant in ("", "feature floors", "geometric floors", "first floors")
+        and contender.variant in ("", "feature floors", "geometric floors", "first floors", "layer floors")
     )
 
 
@@ -49,6 +50,7 @@ class Statistics:
     contender: Contender
     mean: Tensor
     first: bool
+    units: Tensor | None  # of a fold
     variance: Tensor = field(init=False)
     count: int = 0
 
@@ -78,6 +80,8 @@ class Statistics:
             return variance * (1 + self.rel) + self.eps
         if self.contender.variant == "geometric floors":
             return variance + self.rel * (variance + self.eps).log().mean(1, keepdim=True).exp() + self.eps
+        if self.units is not None and self.contender.variant != "layer floors":
+            return variance + self.rel * (variance / self.units).amax(1, keepdim=True) * self.units + self.eps
         return variance + self.rel * variance.amax(1, keepdim=True) + self.eps
 
 
@@ -152,9 +156,14 @@ class Stack:
         self.adaptive = contender.base == "adamw"
         self.adams = [Adam(w, self.rates) for w in self.weights] if self.adaptive else []
         self.bias_adams = [None if b is None else Adam(b, self.rates) for b in self.biases] if self.adaptive else []
+        units = [
+            torch.stack([m._buffers[UNITS] for m in same]) if UNITS in same[0]._buffers else None  # type: ignore[misc]
+            for same in zip(*linear, strict=True)
+        ]
         self.statistics = [
-            Statistics(contender, torch.zeros(len(models), w.shape[2], dtype=w.dtype), w is first)
-            for w in (self.weights if contender.bnp is not None else ())
+            Statistics(contender, torch.zeros(len(models), w.shape[2], dtype=w.dtype), w is first, u)
+            for w, u in zip(self.weights, units, strict=True)
+            if contender.bnp is not None
         ]
         self.norms = [
             Online(len(models), w.shape[1], self.rates, self.adaptive, first)

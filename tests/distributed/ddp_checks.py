@@ -22,12 +22,13 @@ from tests.distributed.training import (
 )
 
 CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
-    "gradient form, momentum": ("mlp", sgd, {}),
+    "gradient form, momentum": ("mlp", sgd, {"mode": "gradient"}),
+    "momentum": ("mlp", sgd, {}),
     "two-sided AdamW": ("mlp", adamw, {}),
-    "spectral": ("mlp", sgd, {"step_scale": "spectral"}),
-    "spectral, two-sided": ("wide", sgd, {"step_scale": "spectral", "mode": "two_sided"}),
-    "fan_in, paper": ("wide", sgd, {"step_scale": "fan_in", "debias": False}),
-    "convolutions": ("convolutions", sgd, {}),
+    "spectral": ("mlp", sgd, {"step_scale": "spectral", "mode": "gradient"}),
+    "spectral, two-sided": ("wide", sgd, {"step_scale": "spectral"}),
+    "fan_in, paper": ("wide", sgd, {"step_scale": "fan_in", "debias": False, "mode": "gradient"}),
+    "convolutions": ("convolutions", sgd, {"mode": "gradient"}),
     "convolutions, spectral": ("convolutions", sgd, {"step_scale": "spectral"}),
     "every third step": ("mlp", sgd, {"stat_interval": 3}),
 }

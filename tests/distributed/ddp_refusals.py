@@ -167,7 +167,8 @@ def other_engines(rank: int, world: int) -> Any:
     for name, (cls, options) in bases.items():
         model, single = build(), build()
         optimizer = wrap(model, lambda p, c=cls, o=options: zero(p, optimizer_class=c, **o))
-        reference = wrap(single, lambda p, c=cls, o=options: c(p, **o), process_group=training.alone)
+        mode = {"mode": optimizer._form}  # with a weight decay of its own it is the gradient form
+        reference = wrap(single, lambda p, c=cls, o=options: c(p, **o), process_group=training.alone, **mode)
         front = parallel(model)
         for parts in batches(20, 4, lambda step: [4] * world):
             shared(parts, front, optimizer)
@@ -176,7 +177,7 @@ def other_engines(rank: int, world: int) -> Any:
         base: Any = optimizer.base_optimizer
         base.consolidate_state_dict(to=0)
         if rank == 0:
-            wrap(build(), lambda p, c=cls, o=options: c(p, **o)).load_state_dict(optimizer.state_dict())
+            wrap(build(), lambda p, c=cls, o=options: c(p, **o), **mode).load_state_dict(optimizer.state_dict())
     found["decay"] = message(lambda: wrap(build(), lambda p: zero(p, torch.optim.AdamW, lr=0.1, weight_decay=0.1)))
 
     model = build()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bnp_optim import fold_normalization
 from tests.distributed import training
 from tests.distributed.ddp_checks import CASES, check, race
 from tests.distributed.training import (
@@ -208,3 +209,18 @@ def nothing_is_read(rank: int, world: int) -> Any:
             runs.append(torch.cat([flat(model).double(), statistics(optimizer)]))
         found[scale] = [same_everywhere(runs[0]), float((runs[0] - runs[1]).abs().max())]
     return found
+
+
+@check
+def folded(rank: int, world: int) -> Any:
+    """Each rank folds on samples of its own before DistributedDataParallel, which hands out the first rank's."""
+    model = build()
+    samples = torch.randn(20, 4, generator=torch.Generator().manual_seed(rank))
+    fold_normalization(model, samples * 10 ** torch.arange(4))
+    apart = not same_everywhere(torch.cat([b.flatten() for b in model.buffers()]))
+    optimizer = wrap(model)
+    front = parallel(model)
+    for parts in batches(10, 4, lambda step: [4] * world):
+        shared(parts, front, optimizer)
+    units = [v for s in optimizer.state_dict()["state"].values() for k, v in s.items() if k == "bnp_units"]
+    return [apart, same_everywhere(torch.cat(units)), same_everywhere(flat(model))]

@@ -118,13 +118,13 @@ def built(seed: int = 0, dtype: torch.dtype = torch.float64) -> Everything:
 
 
 OPTIMIZERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
-    "SGD": (lambda p: torch.optim.SGD(p, lr=0.001, momentum=0.9), {}),
+    "SGD": (lambda p: torch.optim.SGD(p, lr=0.001, momentum=0.9), {"mode": "gradient"}),
     "AdamW": (lambda p: torch.optim.AdamW(p, lr=0.01), {}),
     "two-sided momentum": (
         lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9, weight_decay=0.01),
         {"mode": "two_sided"},
     ),
-    "spectral": (lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9), {"step_scale": "spectral"}),
+    "spectral": (lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9), {"step_scale": "spectral", "mode": "gradient"}),
     "ASGD": (lambda p: torch.optim.ASGD(p, lr=0.01), {"mode": "two_sided"}),  # its update reads the parameter
 }
 

@@ -43,6 +43,11 @@ def test_without_synchronization_the_ranks_drift_apart(ranks: list[dict[str, Any
         assert rank["synchronization"] == []
 
 
+def test_a_fold_before_wrapping_is_the_first_ranks(ranks: list[dict[str, Any]]) -> None:
+    """Weights and units: the ranks folded on samples of their own."""
+    assert found(ranks, "folded") == [[True, True, True]] * len(ranks)
+
+
 def test_bytes_of_a_step(ranks: list[dict[str, Any]]) -> None:
     """8 for each of the 15 input channels, 16 for each of the 3 layers, 8 for all; "spectral" adds its projections."""
     for before, size, contributed in found(ranks, "seen_from_the_first_step"):
