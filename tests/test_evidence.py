@@ -158,6 +158,20 @@ def test_the_fingerprint_of_packages_follows_their_options(monkeypatch: pytest.M
     fingerprint.cache_clear()
 
 
+def test_a_missing_package_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(name: str) -> str:
+        raise contenders.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(contenders.metadata, "version", missing)
+    fingerprint.cache_clear()
+    with pytest.raises(SystemExit):
+        convergence.main(["--quick", "--methods", "K-FAC", "--report", "--output", str(tmp_path)])
+    assert "singd is not installed: pip install -e '.[benchmarks]'" in capsys.readouterr().err
+    fingerprint.cache_clear()
+
+
 def test_the_rate_of_covariances_is_bounded_by_the_batch_size() -> None:
     net = torch.nn.Linear(3, 2)
     rate = CovarianceRate(net, 0.01, 0.1, 50)
