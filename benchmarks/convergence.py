@@ -1,148 +1,84 @@
 """Accuracy on real data: BNP, its plain bases, and their peers.
 
+    python -m benchmarks.convergence --quick                           # digits, all methods: minutes, no --data-dir
+    python -m benchmarks.convergence --preset short --data-dir data    # trimmed: hours
     python -m benchmarks.convergence --data-dir data                   # all of it: see benchmarks/evidence/plan.py
-    python -m benchmarks.convergence --preset short --data-dir data    # trimmed
-    python -m benchmarks.convergence --quick --data-dir data           # MNIST, BNP against its plain bases
+    python -m benchmarks.convergence --preset five-seeds --data-dir data    # MNIST, BNP at one rate against its bases
 
-The protocol of --quick: MNIST, pixels / 255 and nothing else; MLP 784-100-100-100-10, ReLU, torch's
-default initialization; cross-entropy; one pass in a shuffled order over all 60,000 training images at batch
-sizes 60 and 6, over the first 20,000 of that order at batch size 1. Plain SGD and AdamW get a grid of
-learning rates, BNP one rate each, with all its defaults. Within a seed all methods share initial weights and
-order, so differences are paired.
-
-Finished runs are kept under OUTPUT/.cache and skipped the next time.
+Finished runs are kept, under OUTPUT/.cache and in the results that are published, and are not run again.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
-import shutil
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
-from typing import Any
 
 try:
     import matplotlib  # noqa: F401
     import numpy  # noqa: F401
-    from tqdm import tqdm
+    import tqdm  # noqa: F401
 except ImportError as error:
     sys.exit(f"benchmarks need {error.name}: pip install numpy matplotlib tqdm")
 
-from benchmarks.data import DataMissingError, check_mnist
-from benchmarks.documents import compact, environment
+from benchmarks import five_seeds
+from benchmarks.data import DataMissingError
 from benchmarks.evidence import command
-from benchmarks.plots import plot
-from benchmarks.report import markdown, summarize
-from benchmarks.runs import Run, load_result, package_digest, start_worker, train_and_keep
+from benchmarks.evidence.engine import SCHEDULES
+from benchmarks.evidence.plan import PRESETS
 
-SEEDS = range(5)
-SAMPLES = {60: 60_000, 6: 60_000, 1: 20_000}  # by batch size
-RATES = {"SGD": (0.01, 0.03, 0.1, 0.3), "AdamW": (3e-4, 1e-3, 3e-3), "BNP-SGD": (0.1,), "BNP-AdamW": (1e-3,)}
-TARGETS = {"BNP-SGD": {60: 0.960, 6: 0.962, 1: 0.943}, "BNP-AdamW": {60: 0.960, 6: 0.962, 1: 0.942}}
+FIVE_SEEDS = "five-seeds"
+PART = ("tasks", "methods", "batch_sizes", "schedules", "minutes", "times", "report")  # what it does not take
 
 
-def quick_runs() -> list[Run]:
-    """All runs, seed by seed (so that the time left can be told early), the long ones of a seed first."""
-    digest = package_digest()
-    return [
-        Run(
-            method,
-            rate,
-            batch_size,
-            samples,
-            seed,
-            package_digest=digest if method.startswith("BNP-") else None,
-        )
-        for seed in SEEDS
-        for batch_size, samples in sorted(SAMPLES.items())
-        for method, rates in RATES.items()
-        for rate in rates
-    ]
-
-
-def run_all(runs: Sequence[Run], data_dir: Path, cache: Path, workers: int) -> list[dict[str, Any]]:
-    """The results of ``runs`` in their order; those in ``cache`` are read, the others trained."""
-    cache.mkdir(parents=True, exist_ok=True)
-    results = {run: load_result(run, cache) for run in runs}
-    todo = [run for run, result in results.items() if result is None]
-    bar = tqdm(total=sum(r.steps for r in runs), unit="step", unit_scale=True, dynamic_ncols=True, smoothing=0.05)
-    bar.update(sum(r.steps for r in runs) - sum(r.steps for r in todo))
-    bar.initial = bar.n
-    with bar, ProcessPoolExecutor(
-        max(1, min(workers, len(todo))), get_context("spawn"), start_worker, (data_dir,)
-    ) as pool:  # fmt: skip
-        futures = {pool.submit(train_and_keep, run, cache): run for run in todo}
-        bar.set_postfix_str(f"{len(runs) - len(todo)}/{len(runs)} runs", refresh=False)
-        try:
-            for done, future in enumerate(as_completed(futures), start=len(runs) - len(todo) + 1):
-                run = futures[future]
-                results[run] = future.result()
-                bar.set_postfix_str(f"{done}/{len(runs)} runs", refresh=False)
-                bar.update(run.steps)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return [result for result in results.values() if result is not None]
-
-
-def write_report(results: list[dict[str, Any]], output: Path) -> str:
-    """Write the JSON, the Markdown and the PNG; returns the Markdown."""
-    summary = summarize(results, TARGETS)
-    document = {
-        "benchmark": "convergence --quick",
-        "configuration": {
-            "data": "MNIST, pixels / 255",
-            "model": "MLP 784-100-100-100-10, ReLU, torch's default initialization",
-            "samples_by_batch_size": SAMPLES,
-            "learning_rates": RATES,
-            "seeds": list(SEEDS),
-            "targets": TARGETS,
-            "curve": "every fifth test image; the final accuracy is on all 10,000",
-        },
-        "environment": environment(),
-        "cpu_seconds": round(sum(r["seconds"] for r in results), 1),
-        "summary": summary,
-        "runs": results,
-    }
-    text = markdown(document)
-    (output / "convergence_quick.json").write_text(compact(document) + "\n")
-    (output / "convergence_quick.md").write_text(text)
-    title = "MNIST, MLP 784-100-100-100-10, one pass, constant learning rate"
-    plot(results, summary["cells"], title, output / "convergence_quick.png")
-    return text
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    usage = "\n".join((__doc__ or "").split("\n")[2:])
+    result = argparse.ArgumentParser(
+        "python -m benchmarks.convergence", description=(__doc__ or "").split("\n")[0], epilog=usage,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    amount = result.add_mutually_exclusive_group()
+    amount.add_argument("--preset", choices=(*PRESETS, FIVE_SEEDS), default="full", help="how much (%(default)s)")
+    amount.add_argument("--quick", dest="preset", action="store_const", const="quick", help="--preset quick")
+    result.add_argument("--data-dir", type=Path, default=Path("data"), help="with mnist/ and others (%(default)s)")
+    result.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="(%(default)s)")
+    result.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (%(default)s)")
+    result.add_argument("--fresh", action="store_true", help="run again what is there already")
+    part = result.add_argument_group(f"a part of a preset (not of {FIVE_SEEDS})")
+    part.add_argument("--tasks", nargs="+", help="of the preset's (all)")
+    part.add_argument("--methods", nargs="+", help="of the preset's (all)")
+    part.add_argument("--batch-sizes", nargs="+", type=int, help="of the preset's (all)")
+    part.add_argument("--schedules", nargs="+", choices=SCHEDULES, help="of the preset's (all)")
+    part.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so many (no limit)")
+    part.add_argument("--times", action="store_true", help="measure what steps cost, and no accuracy")
+    part.add_argument("--report", action="store_true", help="run nothing: tables and figures of what is there")
+    return result
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser("python -m benchmarks.convergence", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="MNIST, one MLP, five seeds, few rates: minutes")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="the folder that holds mnist/ (data)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (%(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="(%(default)s)")
-    parser.add_argument("--fresh", action="store_true", help="discard finished runs")
-    command.add_options(parser)
-    args = parser.parse_args(arguments)
+    own = parser()
+    args = own.parse_args(arguments)
     if args.workers < 1:
-        parser.error(f"--workers is {args.workers}, it must be at least 1")
-    if not args.quick:
-        command.main(args)
-        return
+        own.error(f"--workers is {args.workers}, it must be at least 1")
     try:
-        check_mnist(args.data_dir)
+        if args.preset != FIVE_SEEDS:
+            command.main(args)
+            return
+        if part := [name for name in PART if getattr(args, name) != own.get_default(name)]:
+            own.error(f"--preset {FIVE_SEEDS} is run whole: leave out --{part[0].replace('_', '-')}")
+        print(five_seeds.main(args.data_dir, args.output, args.workers, fresh=args.fresh))
     except DataMissingError as error:
-        parser.error(str(error))
-    cache = args.output / ".cache"
-    if args.fresh:
-        shutil.rmtree(cache, ignore_errors=True)
-    try:
-        results = run_all(quick_runs(), args.data_dir, cache, args.workers)
+        own.error(str(error))
+    except PackageNotFoundError as error:
+        own.error(f"{error.name} is not installed: pip install -e '.[benchmarks]', or leave its method out (--methods)")
     except KeyboardInterrupt:
         sys.exit("\nInterrupted. The same command goes on from the last finished run.")
-    print(write_report(results, args.output))
 
 
 if __name__ == "__main__":

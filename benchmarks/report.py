@@ -98,7 +98,7 @@ def markdown(document: Mapping[str, Any]) -> str:
     seeds = configuration["seeds"]
     samples = configuration["samples_by_batch_size"]
     lines = [
-        "# Convergence, quick",
+        "# Convergence: MNIST, five seeds",
         "",
         f"{configuration['data']}; {configuration['model']}; one pass at a constant learning rate ("
         + ", ".join(f"{samples[b]:,} samples at batch size {b}" for b in batch_sizes)

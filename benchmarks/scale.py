@@ -199,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "scale")
     args = parser.parse_args(arguments)
-    from benchmarks.convergence import environment  # draws too, and measuring processes import this module
+    from benchmarks.documents import environment  # draws too, and measuring processes import this module
 
     document: dict[str, Any] = environment() | {"rounds": args.rounds, "load": os.getloadavg()[0]}
     kept = args.output.with_suffix(".partial.json")  # finished rows, so that a run that was cut off goes on

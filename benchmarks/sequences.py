@@ -19,14 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from benchmarks.convergence import run_all
 from benchmarks.data import DataMissingError, check_mnist
 from benchmarks.documents import compact, environment
+from benchmarks.five_seeds import run_all
 from benchmarks.plots import plot
 from benchmarks.report import best_cell, by_cell, cells_of, dot, edges, made_with, mean_and_error, rates_table
 from benchmarks.runs import Run, package_digest
+from benchmarks.workloads import RowClassifier
 
 SEEDS = (2, 3, 4)  # 0 and 1 were used to choose how bnp_optim counts samples of recurrent layers
 SAMPLES = {32: 60_000, 1: 5_000}  # by batch size
@@ -34,20 +35,6 @@ SGD_RATES = (1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 ADAM_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1)
 RATES = {"SGD": SGD_RATES, "AdamW": ADAM_RATES, "BNP-SGD": SGD_RATES, "BNP-AdamW": ADAM_RATES}
 TITLE = "MNIST row by row, LSTM of 64 units, one pass, constant learning rate"
-
-
-class RowClassifier(nn.Module):
-    """An LSTM that reads an image row by row, and a linear layer on its last output."""
-
-    def __init__(self, columns: int, units: int, classes: int) -> None:
-        super().__init__()
-        self.rnn = nn.LSTM(columns, units, batch_first=True)
-        self.head = nn.Linear(units, classes)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        outputs, _ = self.rnn(pixels.unflatten(1, (-1, self.rnn.input_size)))
-        scores: Tensor = self.head(outputs[:, -1])
-        return scores
 
 
 @dataclass(frozen=True)

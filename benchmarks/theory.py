@@ -31,7 +31,7 @@ from benchmarks import (
     theory_initialization,
     theory_products,
 )
-from benchmarks.convergence import environment
+from benchmarks.documents import environment
 from benchmarks.theory_common import Check
 
 CHECKS = {

@@ -130,6 +130,27 @@ def resnet18(norm: Norm) -> nn.Sequential:
     return net
 
 
+class RowClassifier(nn.Module):
+    """An LSTM that reads an image row by row, and a linear layer on its last output, which may be normalized before.
+
+    Args:
+        norm: "none" or "ln".
+    """
+
+    def __init__(self, columns: int, units: int, classes: int, norm: Norm = "none") -> None:
+        super().__init__()
+        if norm not in ("none", "ln"):
+            raise ValueError(f"norm is {norm!r}: a recurrent net takes 'none' or 'ln'")
+        self.rnn = nn.LSTM(columns, units, batch_first=True)
+        self.norm = nn.LayerNorm(units) if norm == "ln" else nn.Identity()
+        self.head = nn.Linear(units, classes)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        outputs, _ = self.rnn(pixels.unflatten(1, (-1, self.rnn.input_size)))
+        scores: Tensor = self.head(self.norm(outputs[:, -1]))
+        return scores
+
+
 class TransformerBlock(nn.Module):
     """The pre-LayerNorm block of GPT-2 (``causal``) or of a vision transformer."""
 

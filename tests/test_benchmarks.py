@@ -1,7 +1,8 @@
-"""The quick benchmark's arithmetic, its runs on made-up images, and its refusals."""
+"""The five-seed study of MNIST: its arithmetic, its runs on made-up images, and the refusals of the command line."""
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import torch
 pytest.importorskip("matplotlib", reason="the benchmarks draw")
 pytest.importorskip("tqdm", reason="the benchmarks show progress")
 
-from benchmarks import convergence, runs
+from benchmarks import convergence, five_seeds, runs
 from benchmarks.data import DataMissingError, Split, check_mnist
 from benchmarks.report import mean_and_error, summarize
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 
 def result(method: str, rate: float, seed: int, accuracy: float) -> dict[str, object]:
@@ -75,5 +78,24 @@ def test_missing_data_names_the_option(tmp_path: Path, capsys: pytest.CaptureFix
     with pytest.raises(DataMissingError, match="point --data-dir at the folder"):
         check_mnist(tmp_path)
     with pytest.raises(SystemExit):
-        convergence.main(["--quick", "--data-dir", str(tmp_path)])
+        convergence.main(["--preset", "five-seeds", "--data-dir", str(tmp_path)])
     assert "lacks train-images-idx3-ubyte.gz" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [["--tasks", "mnist"], ["--batch-sizes", "1"], ["--report"]])
+def test_the_five_seeds_are_run_whole(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        convergence.main(["--preset", "five-seeds", *option])
+    assert f"--preset five-seeds is run whole: leave out {option[0]}" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        convergence.main(["--quick", "--preset", "short"])
+    assert "not allowed with argument" in capsys.readouterr().err
+
+
+def test_the_published_five_seeds_are_those_of_the_command() -> None:
+    document = json.loads((RESULTS / "convergence_mnist_five_seeds.json").read_text())
+    keys = ("method", "learning_rate", "batch_size", "samples", "seed")
+    planned = {tuple(getattr(run, key) for key in keys) for run in five_seeds.all_runs()}
+    assert {tuple(run[key] for key in keys) for run in document["runs"]} == planned
+    assert len(planned) == 5 * 3 * 9
+    assert summarize(document["runs"], five_seeds.TARGETS)["cells"] == document["summary"]["cells"]

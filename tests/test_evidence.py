@@ -16,7 +16,7 @@ pytest.importorskip("tqdm", reason="the benchmarks show progress")
 from benchmarks import convergence
 from benchmarks.data import Split
 from benchmarks.evidence import contenders, engine, times
-from benchmarks.evidence.contenders import CONTENDERS, bnp, fingerprint
+from benchmarks.evidence.contenders import CONTENDERS, CovarianceRate, bnp, fingerprint
 from benchmarks.evidence.engine import Run, train
 from benchmarks.evidence.plan import PRESETS, Preset, Scope, choose
 from benchmarks.evidence.report import markdown
@@ -26,6 +26,8 @@ from benchmarks.evidence.tasks import TASKS, Task
 from benchmarks.evidence.times import keep_times, load_times, samples_to, step_times
 from benchmarks.workloads import mlp
 from bnp_optim import BNPreconditioner
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 
 def split() -> Split:
@@ -82,6 +84,23 @@ def test_a_diverged_run_scores_chance_to_the_end_of_its_curve() -> None:
     assert len(result["curve"]) == len(engine.curve_steps(40))
 
 
+def test_a_method_that_cannot_go_on_has_diverged(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Decomposing(torch.optim.SGD):
+        steps = 0
+
+        def step(self, closure: Any = None) -> Any:
+            self.steps += 1
+            if self.steps > 30:
+                torch.linalg.svd(torch.full((2, 2), torch.nan))
+            return super().step(closure)
+
+    monkeypatch.setitem(contenders.BASES, "sgd", lambda model, lr: Decomposing(model.parameters(), lr=lr))
+    result = train(toy(), split())
+    assert result["diverged"] and result["accuracy"] == 0.5
+    assert [n for n, _ in result["curve"]] == [n * 10 for n in sorted(engine.curve_steps(40))]
+    assert [a == 0.5 for n, a in result["curve"] if n > 300] == [True] * sum(n > 30 for n in engine.curve_steps(40))
+
+
 def test_several_passes_see_every_sample_equally_often() -> None:
     seen = torch.cat(list(engine._order(toy(samples=400), 200)))
     assert torch.bincount(seen, minlength=200).tolist() == [2] * 200
@@ -127,6 +146,44 @@ def test_the_fingerprint_follows_the_numbers(monkeypatch: pytest.MonkeyPatch) ->
     fingerprint.cache_clear()
 
 
+def test_the_fingerprint_of_packages_follows_their_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contenders.metadata, "version", lambda name: f"{name} 1.2")
+    fingerprint.cache_clear()
+    soap, kfac = (fingerprint(CONTENDERS[name]) for name in ("SOAP", "K-FAC"))
+    assert soap == "pytorch_optimizer pytorch_optimizer 1.2"
+    assert kfac.startswith("singd singd 1.2 ('T', 1) ") and "('damping', 0.1)" in kfac
+    monkeypatch.setitem(contenders.OPTIONS["kfac, no momentum"], "damping", 0.2)
+    fingerprint.cache_clear()
+    assert fingerprint(CONTENDERS["SOAP"]) == soap and fingerprint(CONTENDERS["K-FAC"]) != kfac
+    fingerprint.cache_clear()
+
+
+def test_a_missing_package_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(name: str) -> str:
+        raise contenders.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(contenders.metadata, "version", missing)
+    fingerprint.cache_clear()
+    with pytest.raises(SystemExit):
+        convergence.main(["--quick", "--methods", "K-FAC", "--report", "--output", str(tmp_path)])
+    assert "singd is not installed: pip install -e '.[benchmarks]'" in capsys.readouterr().err
+    fingerprint.cache_clear()
+
+
+def test_the_rate_of_covariances_is_bounded_by_the_batch_size() -> None:
+    net = torch.nn.Linear(3, 2)
+    rate = CovarianceRate(net, 0.01, 0.1, 50)
+    found = {}
+    for batch_size in (1, 4, 64):
+        net(torch.zeros(batch_size, 3))
+        found[batch_size] = [rate(step) for step in (0, 25, 50, 1000)]
+    assert found[1] == pytest.approx([0.01] * 4)
+    assert found[4] == pytest.approx([0.01, 0.02, 0.04, 0.04])
+    assert found[64] == pytest.approx([0.01, 0.1**1.5, 0.1, 0.1])
+
+
 def test_runs_resume_from_the_cache_and_from_published_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [toy(rate=r) for r in (0.01, 0.1)]
     calls: list[float] = []
@@ -145,6 +202,18 @@ def test_runs_resume_from_the_cache_and_from_published_results(tmp_path: Path, m
     again = run_all(runs, Cache(tmp_path / "b", published(tmp_path)), tmp_path)
     assert calls == [0.01, 0.1]
     assert json.dumps(again[runs[1]]) == json.dumps(both[runs[1]])
+
+
+def test_what_is_forgotten_is_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [toy(rate=r) for r in (0.01, 0.1)]
+    run_all(runs, Cache(tmp_path), tmp_path)
+    lines = [{"key": run.key, "result": {"accuracy": 0.0}} for run in runs]
+    (tmp_path / "published.json").write_text(json.dumps({"runs": lines}))
+    cache = Cache(tmp_path, [tmp_path / "published.json"])
+    cache.forget(runs[:1])
+    assert set(cache.found(runs)) == {runs[1]}
+    monkeypatch.setattr(engine, "train", lambda *_: {"accuracy": 0.25})
+    assert run_all(runs, cache, tmp_path)[runs[0]] == {"accuracy": 0.25}
 
 
 def test_no_run_begins_after_the_time_is_up(tmp_path: Path) -> None:
@@ -198,6 +267,43 @@ def test_one_rate_is_the_best_on_average() -> None:
     assert one.losses == {10: pytest.approx(0.1), 20: pytest.approx(0.01)}
 
 
+def test_quick_has_every_method_over_its_whole_grid_and_is_published() -> None:
+    (scope,) = PRESETS["quick"].scopes
+    cells = {(c.name, b) for c, b, _ in scope.cells()}
+    slow = {name for name, c in CONTENDERS.items() if c.slow}
+    assert slow == {"SOAP", "BNP-SOAP", "K-FAC", "Shampoo"}
+    assert cells == {(n, b) for n in CONTENDERS for b in (1, 16)} - {(n, 1) for n in (*slow, "BN + SGD", "BN + AdamW")}
+    document = json.loads((RESULTS / "convergence_digits_quick.json").read_text())
+    made = {json.dumps({k: v for k, v in run.items() if k not in ("key", "result")}) for run in document["runs"]}
+    assert {json.dumps(run.describe()) for run in scope.tuning()} <= made
+    assert len(made) == len(scope.tuning()) + len(cells) * len(scope.seeds)
+    assert document["cpu_seconds"] < 360
+
+
+def test_recurrent_nets_are_the_same_for_all_and_muon_takes_their_matrices() -> None:
+    (scope,) = [s for s in PRESETS["short"].scopes if s.task == "sequential"]
+    assert {CONTENDERS[n].norm for n in scope.contenders} == {"none", "ln"}
+    assert set(CONTENDERS) - set(scope.contenders) == {
+        "BN + SGD", "BN + AdamW", "GN + AdamW", "ON + SGD", "ON + AdamW", "K-FAC",
+    }  # fmt: skip
+    x = torch.rand(3, 784, generator=torch.Generator().manual_seed(0))
+    nets = {}
+    for norm in ("none", "ln"):
+        torch.manual_seed(0)
+        nets[norm] = TASKS["sequential"].build(norm)
+    plain, normalized = nets["none"], nets["ln"]
+    torch.testing.assert_close(plain.rnn.weight_hh_l0, normalized.rnn.weight_hh_l0)
+    last = plain.rnn(x.view(3, 28, 28))[1][0][0]
+    torch.testing.assert_close(plain(x), plain.head(last))
+    torch.testing.assert_close(normalized(x), normalized.head(torch.nn.functional.layer_norm(last, (128,))))
+    with pytest.raises(ValueError, match="norm is 'bn'"):
+        TASKS["sequential"].build("bn")
+    muon, rest = CONTENDERS["Muon"].make(plain, 0.01).param_groups
+    assert [tuple(p.shape) for p in muon["params"]] == [(512, 28), (512, 128)]
+    assert [tuple(p.shape) for p in rest["params"]] == [(512,), (512,), (10, 128), (10,)]
+    assert (muon["lr"], rest["lr"]) == (pytest.approx(0.1), 0.01)
+
+
 def _preset() -> Any:
     from benchmarks.evidence.plan import PRESETS
 
@@ -241,5 +347,11 @@ def test_the_whole_command_resumes_and_reports(tmp_path: Path, monkeypatch: pyte
     text = (tmp_path / "convergence_toy_toy.md").read_text()
     assert "## Constant rate" in text and "BNP-SGD − SGD" in text
     assert len(json.loads((tmp_path / "convergence_toy_toy.json").read_text())["runs"]) == len(files)
+    monkeypatch.setattr(engine, "train", train)
+    before = {path: path.stat().st_mtime_ns for path in files}
+    convergence.main([*arguments, "--schedules", "constant", "--methods", "SGD", "--fresh"])
+    again = {path for path, changed in before.items() if path.stat().st_mtime_ns > changed}
+    assert len(again) == 8 + 2 and set((tmp_path / ".cache" / "evidence").glob("*.json")) == files
+    assert (tmp_path / "convergence_toy_toy.md").read_text().splitlines()[:-1] == text.splitlines()[:-1]
     with pytest.raises(SystemExit, match="--tasks nothing: preset toy has toy"):
         convergence.main([*arguments, "--tasks", "nothing"])

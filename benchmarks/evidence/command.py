@@ -1,4 +1,4 @@
-"""The command line of the full convergence benchmark."""
+"""What the command line of the convergence benchmark does with a preset."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import argparse
 import math
 import sys
 import time
-from dataclasses import replace
 
-from benchmarks.data import DataMissingError
 from benchmarks.evidence.contenders import CONTENDERS
-from benchmarks.evidence.engine import SCHEDULES
 from benchmarks.evidence.plan import PRESETS, impossible
 from benchmarks.evidence.report import write
 from benchmarks.evidence.runner import Cache, published, run_all
@@ -18,20 +15,8 @@ from benchmarks.evidence.tasks import TASKS
 from benchmarks.evidence.times import keep_times, step_times
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """What the full benchmark takes beside the options of the quick one."""
-    parser.add_argument("--preset", choices=PRESETS, default="full", help="how much is run (%(default)s)")
-    parser.add_argument("--tasks", nargs="+", help="of the preset's (all)")
-    parser.add_argument("--methods", nargs="+", help="of the preset's (all)")
-    parser.add_argument("--batch-sizes", nargs="+", type=int, help="of the preset's (all)")
-    parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, help="of the preset's (all)")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so many (no limit)")
-    parser.add_argument("--times", action="store_true", help="measure what steps cost, and no accuracy")
-    parser.add_argument("--report", action="store_true", help="run nothing: tables and figures of what is there")
-
-
 def main(args: argparse.Namespace) -> None:
-    """Run what is missing and write the report of what is there."""
+    """Run what is missing and write the report of what is there; ``args`` are those of benchmarks/convergence.py."""
     preset = PRESETS[args.preset]
     cache = Cache(args.output / ".cache" / "evidence", published(args.output))
     until = -math.inf if args.report else time.monotonic() + 60 * args.minutes
@@ -49,15 +34,12 @@ def main(args: argparse.Namespace) -> None:
                 path = args.output / f"convergence_{scope.task}_times.json"
                 keep_times(path, batch_size, step_times(task, split, chosen, batch_size))
             until = -math.inf
+        if args.fresh:
+            cache.forget(scope.only(args.methods, args.batch_sizes, args.schedules).everything())
         options = {"workers": args.workers, "until": until}
-        try:
-            for schedule in args.schedules or scope.schedules:
-                part = replace(scope.only(args.methods, args.batch_sizes), schedules=(schedule,))
-                label = f"{scope.task}, {schedule}"
-                found = run_all(part.tuning(), cache, args.data_dir, label=f"{label}, tuning", **options)
-                run_all(part.reporting(found), cache, args.data_dir, label=f"{label}, reporting", **options)
-        except DataMissingError as error:
-            sys.exit(f"error: {error}")
-        except KeyboardInterrupt:
-            sys.exit("\nInterrupted. The same command goes on from the last finished run.")
+        for schedule in args.schedules or scope.schedules:
+            part = scope.only(args.methods, args.batch_sizes, (schedule,))
+            label = f"{scope.task}, {schedule}"
+            found = run_all(part.tuning(), cache, args.data_dir, label=f"{label}, tuning", **options)
+            run_all(part.reporting(found), cache, args.data_dir, label=f"{label}, reporting", **options)
         print(write(scope, preset, cache, args.output))

@@ -90,7 +90,11 @@ def train(run: Run, split: Split, task: Task | None = None) -> dict[str, Any]:
             optimizer.zero_grad()
             loss = F.cross_entropy(model(task.prepare(split.train_x[index])), split.train_y[index])
             loss.backward()
-            optimizer.step()
+            try:
+                optimizer.step()
+            except torch.linalg.LinAlgError:  # of a preconditioner that is not finite any more
+                diverged = True
+                break
             if step in stops:
                 seconds += time.process_time() - start
                 diverged = not (math.isfinite(loss.item()) and _finite(model))

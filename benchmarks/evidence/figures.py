@@ -26,6 +26,7 @@ STYLES: dict[str, dict[str, Any]] = {
         "#E69F00": ("AdamW", "BNP-AdamW"),
         "#CC79A7": ("Muon", "BNP-Muon"),
         "#000000": ("SOAP", "BNP-SOAP"),
+        "#D55E00": ("K-FAC",),
         "#999999": ("BN + AdamW",),
     }.items()
     for name in names
@@ -38,9 +39,8 @@ def convergence_figure(scope: Scope, cells: dict[tuple[str, int, str], Cell], re
     if not batch_sizes:
         return
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = plt.subplots(
-        2, len(batch_sizes), figsize=(max(4.0 * len(batch_sizes), 8), 8), sharey=True, squeeze=False
-    )
+    width = max(4.0 * len(batch_sizes), 10.5)
+    figure, axes = plt.subplots(2, len(batch_sizes), figsize=(width, 8), sharey=True, squeeze=False)
     for column, b in enumerate(batch_sizes):
         above, below = axes[:, column]
         for name, style in STYLES.items():
@@ -64,15 +64,10 @@ def convergence_figure(scope: Scope, cells: dict[tuple[str, int, str], Cell], re
         ax.set_ylabel("test accuracy")
     handles = {label: h for ax in axes[0] for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     shown = [name for name in STYLES if name in handles]
-    figure.legend(
-        [handles[n] for n in shown],
-        shown,
-        loc="lower center",
-        ncols=min(len(shown), 4 * len(batch_sizes)),
-        frameon=False,
-    )
+    columns = min(-(-len(shown) // 2), int(width / 1.75))  # two rows, or more where names need their inches
+    figure.legend([handles[n] for n in shown], shown, loc="lower center", ncols=columns, frameon=False)
     figure.suptitle(TASKS[scope.task].title + ", constant rate")
-    figure.tight_layout(rect=(0, 0.04 if len(shown) <= 4 * len(batch_sizes) else 0.07, 1, 1))
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

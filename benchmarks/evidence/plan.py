@@ -60,12 +60,23 @@ class Scope:
                     runs += [self.run(c, b, s, rate, seed) for rate in rates]
         return runs
 
-    def only(self, contenders: Sequence[str] | None, batch_sizes: Sequence[int] | None) -> Scope:
+    def everything(self) -> list[Run]:
+        """Every cell at every rate and every seed, needed or not."""
+        seeds = (TUNING_SEED, *self.seeds)
+        return [self.run(c, b, s, rate, seed) for c, b, s in self.cells() for rate in c.rates for seed in seeds]
+
+    def only(
+        self,
+        contenders: Sequence[str] | None,
+        batch_sizes: Sequence[int] | None,
+        schedules: Sequence[str] | None = None,
+    ) -> Scope:
         """A part of it."""
         return replace(
             self,
             contenders=tuple(n for n in self.contenders if contenders is None or n in contenders),
             samples={b: n for b, n in self.samples.items() if batch_sizes is None or b in batch_sizes},
+            schedules=tuple(schedules or self.schedules),
         )
 
 
@@ -92,25 +103,49 @@ class Preset:
 
 
 SHORT = {
-    "fashion": {1: 5_000, 16: 12_800, 64: 32_000, 256: 51_200},
+    "fashion": {1: 5_000, 4: 8_000, 16: 12_800, 64: 32_000, 256: 51_200},
     "cifar": {1: 2_000, 16: 6_400, 64: 8_192, 256: 12_800},
+    "digits": {1: 2_600, 4: 5_200, 16: 13_000, 64: 13_000, 256: 13_000},
+    "sequential": {1: 3_000, 16: 12_800, 64: 25_600},
 }
+QUICK = {1: 1_300, 16: 2_600}  # of the digits
 _SLOW = (*((batch_size, "constant") for batch_size in (64, 16, 256, 1)), (16, "linear"))
 _MAIN = tuple(name for name in CONTENDERS if name != "Shampoo")
-_LEAN = ("SGD", "BNP-SGD", "momentum", "BNP-momentum", "AdamW", "BNP-AdamW", "Muon", "BNP-Muon", "BN + SGD",
-         "BN + AdamW", "LN + AdamW", "GN + AdamW", "BNP-momentum, gradient form", "BNP-momentum, spectral",
-         "SOAP", "BNP-SOAP")  # fmt: skip
+_LEAN = tuple(name for name in _MAIN if name not in ("LN + SGD", "ON + SGD", "ON + AdamW", "K-FAC"))
+# singd's K-FAC trains Linear and Conv2d, and would leave an LSTM as it is
+_RECURRENT = tuple(name for name, c in CONTENDERS.items() if c.norm in ("none", "ln") and name != "K-FAC")
 PRESETS = {
     p.name: p
     for p in (
-        Preset("full", tuple(Scope(task.name, task.samples) for task in TASKS.values())),
+        Preset(
+            "full",
+            tuple(
+                Scope(task.name, task.samples, _RECURRENT if task.name == "sequential" else tuple(CONTENDERS))
+                for task in TASKS.values()
+            ),
+        ),
         Preset(
             "short",
             (
                 Scope("fashion", SHORT["fashion"], _MAIN, whole_grid=False, slow=_SLOW),
                 Scope("cifar", SHORT["cifar"], _LEAN, whole_grid=False),
+                Scope("digits", SHORT["digits"], whole_grid=False, slow=_SLOW),
+                Scope(
+                    "sequential", SHORT["sequential"], _RECURRENT, seeds=(1, 2, 3), whole_grid=False,
+                    slow=((16, "constant"),),
+                ),
             ),
             "fewer tasks, samples and seeds; reporting seeds only at the rate that the tuning seed chose",
+        ),
+        Preset(
+            "quick",
+            (
+                Scope(
+                    "digits", QUICK, schedules=("constant",), seeds=(1, 2, 3), whole_grid=False,
+                    slow=((16, "constant"),),
+                ),
+            ),
+            "one small task in minutes; reporting seeds only at the rate that the tuning seed chose",
         ),
     )
 }  # fmt: skip

@@ -56,7 +56,7 @@ class Cache:
         partial.replace(path)
 
     def forget(self, runs: Iterable[Runnable]) -> None:
-        """So that they run anew."""
+        """As if they had never been, here and in what was published."""
         for run in runs:
             (self.folder / f"{run.key}.json").unlink(missing_ok=True)
             self._known.pop(run.key, None)

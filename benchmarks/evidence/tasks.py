@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.data import DataMissingError, Split, load_mnist
-from benchmarks.workloads import BasicBlock, Norm, cnn, mlp, norm2d
+from benchmarks.workloads import BasicBlock, Norm, RowClassifier, cnn, mlp, norm2d
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,7 @@ def resnet8(norm: Norm) -> nn.Sequential:
 _MLP: Callable[[Norm], nn.Module] = partial(mlp, (784, 100, 100, 100, 10))
 _ONE_PASS = {1: 15_000, 4: 60_000, 16: 60_000, 64: 60_000, 256: 60_000}
 _IMAGES = {1: 10_000, 4: 20_000, 16: 40_000, 64: 40_000, 256: 40_000}
+_SEQUENCES = {1: 5_000, 4: 20_000, 16: 60_000, 64: 60_000, 256: 60_000}
 TASKS: dict[str, Task] = {
     t.name: t
     for t in (
@@ -120,6 +121,10 @@ TASKS: dict[str, Task] = {
         Task(
             "resnet", "CIFAR-10, ResNet-8 16-32-64", _cifar10, resnet8, _IMAGES, test=2_000, curve=250,
             prepare=_standardized,
+        ),
+        Task(
+            "sequential", "MNIST row by row, LSTM of 128 units, pixels / 255", partial(_mnist, folder="mnist"),
+            lambda norm: RowClassifier(28, 128, 10, norm), _SEQUENCES,
         ),
     )
 }  # fmt: skip
