@@ -21,11 +21,13 @@ class Stream:
         x: (samples, features), float64.
         y: Class indices, or numbers.
         classes: How many; 0 for a regression.
+        event: The sample after which something is watched; 0: none.
     """
 
     x: np.ndarray
     y: np.ndarray
     classes: int
+    event: int = 0
 
     @property
     def chance(self) -> float:
@@ -58,6 +60,13 @@ def shifted(stream: Stream, seed: int = 0) -> Stream:
     order = rng.permutation(x.shape[1])
     x[half:] = (x[half:] * 10 ** rng.uniform(-1, 1, x.shape[1]) + scale * rng.normal(size=x.shape[1]))[:, order]
     return Stream(x, stream.y, stream.classes)
+
+
+def absurd(stream: Stream, factor: float, *, one_feature: bool) -> Stream:
+    """At one third of the stream one sample, or its largest feature, times ``factor``: the stream's event."""
+    x, event = stream.x.copy(), len(stream.x) // 3
+    x[event, np.abs(x[event]).argmax() if one_feature else slice(None)] *= factor
+    return Stream(x, stream.y, stream.classes, event)
 
 
 def _agrawal(count: int) -> Stream:
@@ -102,12 +111,28 @@ SAMPLES = {
 }  # fmt: skip; Shuttle has 49,097, almost all of them easy
 
 
+# of a stream, as nets see it: (stream, factor, whether one feature)
+ABSURD: dict[str, tuple[str, float, bool]] = {
+    f"{name}, {label}": (name, factor, one)
+    for name in ("ImageSegments", "Bananas")
+    for label, factor, one in (("as it is", 1, False), ("sample × 1000", 1e3, False), ("feature × 1000", 1e3, True))
+}
+
+
+def samples_of(name: str) -> int:
+    """Of a stream of STREAMS or ABSURD."""
+    return SAMPLES[ABSURD[name][0] if name in ABSURD else name]
+
+
 @cache
 def load(name: str, inputs: Inputs, samples: int) -> Stream:
     """A stream, raw or as river's StandardScaler hands it on sample by sample (each sample counts before it goes).
 
-    Drifts and shifts come in the middle of the ``samples``.
+    Drifts and shifts come in the middle of the ``samples``; what is absurd comes after scaling.
     """
+    if name in ABSURD:
+        source, factor, one = ABSURD[name]
+        return absurd(load(source, inputs, samples), factor, one_feature=one)
     stream = STREAMS[name](samples)
     return stream if inputs == "raw" else Stream(scaled(stream.x), stream.y, stream.classes)
 
