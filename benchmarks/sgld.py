@@ -13,10 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib as mpl
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -28,7 +30,8 @@ from bnp_optim import BNPreconditioner
 
 SAMPLES, CHAINS, STEPS, EVERY = 500, 100, (300, 1000, 3000), 10
 BATCHES = (SAMPLES, 50)
-RATES = tuple(10 ** (-7 + i / 2) for i in range(9))  # ε, from 1e-7 to 1e-3
+RATES = tuple(10 ** (-6 + i / 2) for i in range(7))  # ε, from 1e-6 to 1e-3
+FAR = 1e6  # posterior standard deviations: who is there has diverged
 NOISE, PRIOR = 0.5, 10.0  # standard deviations of the targets about the line, and of the weights
 METHODS: dict[str, dict[str, float] | None] = {  # options of BNPreconditioner; None: without
     "SGLD": None,
@@ -66,7 +69,7 @@ class SGLD(Optimizer):
 
 
 class Regression(NamedTuple):
-    """A linear regression with a known posterior of ŵ = [b, w].
+    """A linear regression with a known posterior of ŵ = [b | w].
 
     Args:
         x: (samples, features), of scales 0.1 to 10, correlated, with means.
@@ -141,7 +144,7 @@ class Quality(NamedTuple):
 def quality(problem: Regression, states: Tensor) -> Quality:
     """Of ``states`` (…, features + 1); infinite where chains diverged."""
     flat = states.reshape(-1, states.shape[-1]) - problem.mean
-    if not bool(flat.isfinite().all()):
+    if not bool((flat.abs() < FAR * problem.covariance.diagonal().sqrt()).all()):
         return Quality(*[math.inf] * 4)
     root = torch.linalg.cholesky(problem.covariance)
     white = torch.linalg.solve_triangular(root, flat.T, upper=False)
@@ -194,14 +197,35 @@ def _row(r: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} | {numbers} |"
 
 
+def figure(runs: Sequence[dict[str, Any]], path: Path) -> None:
+    """Divergence from the posterior against ε, after the most steps."""
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
+    drawing, axes = plt.subplots(1, len(BATCHES), figsize=(9.6, 3.9), sharey=True)
+    styles = ("#999999", "#E69F00", "#0072B2", "#D55E00")  # Okabe–Ito
+    for plot, batch in zip(axes, BATCHES, strict=True):
+        for method, color in zip(METHODS, styles, strict=True):
+            own = [r for r in runs if (r["method"], r["batch"], r["steps"]) == (method, batch, max(STEPS))]
+            points = [(r["rate"], r["divergence"]) for r in own if r["divergence"] is not None]
+            if points:
+                plot.loglog(*zip(*points, strict=True), color=color, marker="o", linestyle="-", label=method)
+        plot.set(xlabel="ε", title=f"batch {batch} of {SAMPLES}", xlim=(RATES[0] / 1.5, RATES[-1] * 1.5))
+    axes[0].set_ylabel("KL(samples ‖ posterior), nats")
+    axes[1].legend(frameon=False, fontsize=8)
+    drawing.suptitle(f"{max(STEPS)} steps of {CHAINS} chains; where a line ends the chains diverge", fontsize=10)
+    drawing.tight_layout()
+    drawing.savefig(path, dpi=110)
+    plt.close(drawing)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser("python -m benchmarks.sgld", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="(%(default)s)")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    import time
-
     start = time.process_time()
     runs = run()
     document = {
@@ -215,6 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     (args.output / "sgld.json").write_text(compact(document) + "\n")
     text = markdown(json.loads(compact(document)))
     (args.output / "sgld.md").write_text(text)
+    figure(runs, args.output / "sgld.png")
     print(text)
 
 

@@ -25,8 +25,8 @@ def toy_stream(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     x = np.random.default_rng(0).normal(size=(900, 3)) * [1, 10, 100]
     monkeypatch.setitem(streams.STREAMS, "toy", lambda n: Stream(x[:n], (x[:n, 1] > 0).astype(int), 2))
     monkeypatch.setitem(streams.SAMPLES, "toy", 900)
-    for name, (factor, one) in {"as it is": (1, False), "× 1000": (1e3, False), "one × 1000": (1e3, True)}.items():
-        monkeypatch.setitem(streams.ABSURD, f"toy, {name}", ("toy", factor, one))
+    for name, (factor, wrong) in {"as it is": (1, False), "× 1000": (1e3, False), "wrong": (1e3, True)}.items():
+        monkeypatch.setitem(streams.ABSURD, f"toy, {name}", ("toy", factor, wrong))
     load.cache_clear()
     yield
     load.cache_clear()
@@ -51,13 +51,13 @@ def test_what_a_variant_leaves_out(variant: str, inside: list[str], base: str) -
 def test_one_sample_is_absurd_after_scaling() -> None:
     calm = load("toy, as it is", "scaled", 900)
     np.testing.assert_array_equal(calm.x, scaled(streams.STREAMS["toy"](900).x))
-    whole, one = (load(f"toy, {n}", "scaled", 900) for n in ("× 1000", "one × 1000"))
-    assert calm.event == whole.event == one.event == 300 and load("toy", "scaled", 900).event == 0
-    for stream in (whole, one):
+    right, wrong = (load(f"toy, {n}", "scaled", 900) for n in ("× 1000", "wrong"))
+    assert calm.event == right.event == wrong.event == 300 and load("toy", "scaled", 900).event == 0
+    for stream in (right, wrong):
         np.testing.assert_array_equal(np.delete(stream.x, 300, 0), np.delete(calm.x, 300, 0))
-    np.testing.assert_allclose(whole.x[300], 1000 * calm.x[300])
-    largest = int(np.abs(calm.x[300]).argmax())
-    assert (one.x[300] != calm.x[300]).nonzero()[0].tolist() == [largest]
+        np.testing.assert_allclose(stream.x[300], 1000 * calm.x[300])
+    np.testing.assert_array_equal(right.y, calm.y)
+    assert (wrong.y != calm.y).nonzero()[0].tolist() == [300] and wrong.y[300] == 1 - calm.y[300]
     assert streams.samples_of("toy, × 1000") == 900
 
 

@@ -81,7 +81,8 @@ def test_quality_of_known_samples() -> None:
     assert q.divergence < 2e-4 and q.mean < 0.01 and 0.99 < q.least < 1 < q.most < 1.01
     q = quality(problem, problem.mean + problem.covariance.diagonal().sqrt() + 2 * white @ root.T)
     assert q.mean == pytest.approx(1, abs=0.02) and q.least == pytest.approx(2, rel=0.01) == q.most
-    assert quality(problem, torch.full((10, 7), torch.inf)).divergence == float("inf")
+    for far in (torch.inf, torch.nan, 1e200):
+        assert quality(problem, torch.full((10, 7), far, dtype=torch.float64)).divergence == float("inf")
 
 
 def test_a_rate_must_be_positive_and_the_table_takes_the_best() -> None:

@@ -132,7 +132,9 @@ QUESTIONS: dict[str, Question | StreamQuestion] = {
         StreamQuestion(
             "restart",
             "A memory that shortens itself when new samples do not fit?",
-            _around({"ρ = 0.99": {}, **{f"a {name} standard errors": {"variant": name} for name in RESTARTS}}),
+            _around(
+                {f"ρ = {r}": {"stat_decay": r} for r in (0.9, 0.99)} | {name: {"variant": name} for name in RESTARTS}
+            ),
             SHIFTS,
         ),
         StreamQuestion(

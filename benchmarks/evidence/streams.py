@@ -62,11 +62,12 @@ def shifted(stream: Stream, seed: int = 0) -> Stream:
     return Stream(x, stream.y, stream.classes)
 
 
-def absurd(stream: Stream, factor: float, *, one_feature: bool) -> Stream:
-    """At one third of the stream one sample, or its largest feature, times ``factor``: the stream's event."""
-    x, event = stream.x.copy(), len(stream.x) // 3
-    x[event, np.abs(x[event]).argmax() if one_feature else slice(None)] *= factor
-    return Stream(x, stream.y, stream.classes, event)
+def absurd(stream: Stream, factor: float, *, wrong: bool) -> Stream:
+    """At one third of the stream one sample times ``factor``, with its answer or a wrong one: the stream's event."""
+    x, y, event = stream.x.copy(), stream.y.copy(), len(stream.x) // 3
+    x[event] *= factor
+    y[event] = (y[event] + wrong) % stream.classes
+    return Stream(x, y, stream.classes, event)
 
 
 def _agrawal(count: int) -> Stream:
@@ -111,11 +112,15 @@ SAMPLES = {
 }  # fmt: skip; Shuttle has 49,097, almost all of them easy
 
 
-# of a stream, as nets see it: (stream, factor, whether one feature)
+# (stream, factor, whether the answer is wrong); at a right answer the softmax of a huge sample has no gradient
 ABSURD: dict[str, tuple[str, float, bool]] = {
-    f"{name}, {label}": (name, factor, one)
+    f"{name}, {label}": (name, factor, wrong)
     for name in ("ImageSegments", "Bananas")
-    for label, factor, one in (("as it is", 1, False), ("sample × 1000", 1e3, False), ("feature × 1000", 1e3, True))
+    for label, factor, wrong in (
+        ("as it is", 1, False),
+        ("sample × 1000", 1e3, False),
+        ("sample × 1000, wrong answer", 1e3, True),
+    )
 }
 
 
@@ -131,8 +136,8 @@ def load(name: str, inputs: Inputs, samples: int) -> Stream:
     Drifts and shifts come in the middle of the ``samples``; what is absurd comes after scaling.
     """
     if name in ABSURD:
-        source, factor, one = ABSURD[name]
-        return absurd(load(source, inputs, samples), factor, one_feature=one)
+        source, factor, wrong = ABSURD[name]
+        return absurd(load(source, inputs, samples), factor, wrong=wrong)
     stream = STREAMS[name](samples)
     return stream if inputs == "raw" else Stream(scaled(stream.x), stream.y, stream.classes)
 
