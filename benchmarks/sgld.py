@@ -172,10 +172,10 @@ def run(rates: Sequence[float] = RATES) -> list[dict[str, Any]]:
 def markdown(document: dict[str, Any]) -> str:
     """The best ε of each method for each number of steps; and all of them."""
     runs = document["runs"]
-    head = "| | batch | steps | ε | KL | mean off by | sd / posterior's |"
-    lines = ["# SGLD and BNP-SGLD on a linear regression with a known posterior", "", "Each at its best ε:", "", head]
-    lines += ["| --- |" + " --- |" * 6, *(_row(r) for r in best(runs)), "", "All, after the most steps:", "", head]
-    lines += ["| --- |" + " --- |" * 6, *(_row(r) for r in runs if r["steps"] == max(STEPS))]
+    head = ["", "| | batch | steps | ε | KL | mean off by | sd / posterior's |", "| --- |" + " --- |" * 6]
+    lines = ["# SGLD and BNP-SGLD on a linear regression with a known posterior", ""]
+    lines += ["Each at its best ε (*: an edge of the grid):", *head, *(_row(r) for r in best(runs)), ""]
+    lines += ["All, after the most steps:", *head, *(_row(r) for r in runs if r["steps"] == max(STEPS))]
     return "\n".join([*lines, "", made_with(document["environment"], document["cpu_seconds"]), ""])
 
 
@@ -190,7 +190,12 @@ def best(runs: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def _row(r: dict[str, Any]) -> str:
-    cells = [r["method"], str(r["batch"]), str(r["steps"]), f"{r['rate']:.1e}"]
+    cells = [
+        r["method"],
+        str(r["batch"]),
+        str(r["steps"]),
+        f"{r['rate']:.1e}" + "*" * (r["rate"] in (RATES[0], RATES[-1])),
+    ]
     if r["divergence"] is None:
         return f"| {' | '.join(cells)} | diverged | | |"
     numbers = f"{r['divergence']:.3g} | {r['mean']:.2g} sd | {r['least']:.3g} to {r['most']:.3g}"

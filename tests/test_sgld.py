@@ -94,3 +94,4 @@ def test_a_rate_must_be_positive_and_the_table_takes_the_best() -> None:
     about = {"cpu": "c", "cores": 1, "python": "3", "torch": "2", "numpy": "2", "date": "2026-01-01T00:00"}
     text = markdown({"runs": runs, "environment": about, "cpu_seconds": 1.0})
     assert "| SGLD | 500 | 3000 | 1.0e-05 | 2 | 0.5 sd | 0.9 to 1.1 |" in text and "1.0e-04 | diverged" in text
+    assert "| SGLD | 500 | 3000 | 1.0e-06* | 3 |" in text

@@ -16,6 +16,7 @@ from benchmarks.evidence.variants import RESTARTS
 SCALES = ("trace", "spectral", "fan_in", None)
 
 
+TWO_SIDED, POSITIONS = "BNP-momentum, two-sided", "N = samples × positions"
 BASES = {"sgd": "BNP-SGD", "momentum": "BNP-momentum", "adamw": "BNP-AdamW"}
 
 
@@ -57,16 +58,13 @@ def _against(default: str, variants: Sequence[str], names: Sequence[str]) -> dic
 
 
 def _samples_of_convolutions() -> dict[str, Contender]:
+    """The question is that of "trace"; "spectral" averages over positions as it is."""
     found = {n: CONTENDERS[n] for n in ("SGD", "AdamW")}
-    for name, base, options in (
-        ("BNP-SGD", "sgd", {}),
-        ("BNP-AdamW", "adamw", {}),
-        ("BNP-momentum, two-sided", "momentum", {"mode": "two_sided"}),
-        ("BNP-momentum, two-sided, spectral", "momentum", {"mode": "two_sided", "step_scale": "spectral"}),
-    ):
-        for what, variant in (("samples", ""), ("samples × positions", "positions")):
-            found[f"{name}, N = {what}"] = bnp(f"{name}, N = {what}", base, variant, **options)
-    return found
+    two_sided = {"base": "momentum", "mode": "two_sided"}
+    for name, options in {"BNP-SGD": {"base": "sgd"}, "BNP-AdamW": {"base": "adamw"}, TWO_SIDED: two_sided}.items():
+        found[f"{name}, N = samples"] = bnp(f"{name}, N = samples", **options)
+        found[f"{name}, {POSITIONS}"] = bnp(f"{name}, {POSITIONS}", variant="positions", **options)
+    return found | {f"{TWO_SIDED}, spectral": bnp(f"{TWO_SIDED}, spectral", step_scale="spectral", **two_sided)}
 
 
 LEFT_OUT = ("without the first", "without the last", "without both", "first only")
@@ -88,8 +86,7 @@ QUESTIONS: dict[str, Question | StreamQuestion] = {
             "What is a sample of a convolution?",
             _samples_of_convolutions(),
             {"cifar": _part("cifar", 64, 16, 1)},
-            _against("N = samples", ["N = samples × positions"], ["BNP-SGD", "BNP-AdamW", "BNP-momentum, two-sided",
-                                                                  "BNP-momentum, two-sided, spectral"]),
+            _against("N = samples", [POSITIONS], ["BNP-SGD", "BNP-AdamW", TWO_SIDED]),
         ),
         Question(
             "inclusion",
