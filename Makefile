@@ -108,7 +108,7 @@ benchmark-scale: $(STAMP) ## what the exchange between 1, 2 and 4 processes cost
 benchmark-theory: $(STAMP) ## theory, predicted against measured: one figure per paper, about 10 minutes
 	$(BIN)/python -m benchmarks.theory
 
-benchmark-sgld: $(STAMP) ## sampling from a known posterior: SGLD and BNP-SGLD, about 5 minutes
+benchmark-sgld: $(STAMP) ## sampling from a known posterior: SGLD and BNP-SGLD, about 2 minutes
 	$(BIN)/python -m benchmarks.sgld
 
 benchmark-gamma-decay: $(STAMP) ## batch noise as regularization: ζ, and a CNN, about 15 minutes (DATA_DIR=path/to/data)
