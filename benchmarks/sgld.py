@@ -30,7 +30,7 @@ from bnp_optim import BNPreconditioner
 
 SAMPLES, CHAINS, STEPS, EVERY = 500, 100, (300, 1000, 3000), 10
 BATCHES = (SAMPLES, 50)
-RATES = tuple(10 ** (-6 + i / 2) for i in range(7))  # ε, from 1e-6 to 1e-3
+RATES = tuple(10 ** (-6 + i / 2) for i in range(9))  # ε, from 1e-6 to 1e-2
 FAR = 1e6  # posterior standard deviations: who is there has diverged
 NOISE, PRIOR = 0.5, 10.0  # standard deviations of the targets about the line, and of the weights
 METHODS: dict[str, dict[str, float] | None] = {  # options of BNPreconditioner; None: without
