@@ -16,7 +16,7 @@ TORCH_PIN := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help venv test test-all test-deep-river lint format demo benchmark-quick benchmark-overhead benchmark-sampling \
-	benchmark-layers benchmark-sequences benchmark-curvature benchmark-scale benchmark-theory benchmark-gamma-decay \
+	benchmark-layers benchmark-sequences benchmark-curvature benchmark-scale benchmark-theory benchmark-sgld benchmark-gamma-decay \
 	benchmark-convergence benchmark-streaming benchmark-ablations build clean
 
 help: ## list the targets
@@ -108,6 +108,9 @@ benchmark-scale: $(STAMP) ## what the exchange between 1, 2 and 4 processes cost
 
 benchmark-theory: $(STAMP) ## theory, predicted against measured: one figure per paper, about 10 minutes
 	$(BIN)/python -m benchmarks.theory
+
+benchmark-sgld: $(STAMP) ## sampling from a known posterior: SGLD and BNP-SGLD, about 2 minutes
+	$(BIN)/python -m benchmarks.sgld
 
 benchmark-gamma-decay: $(STAMP) ## batch noise as regularization: ζ, and a CNN, about 15 minutes (DATA_DIR=path/to/data)
 	$(BIN)/python -m benchmarks.theory_gamma --data-dir "$(DATA_DIR)"

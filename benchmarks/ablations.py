@@ -3,8 +3,9 @@
     python -m benchmarks.ablations --only step_scale --data-dir path/to/data
 
 Classification questions run every contender over its whole grid of learning rates, at a constant rate, on the tasks
-and batch sizes of benchmarks/evidence/questions.py; those about streams (fold, stat_decay, floors) predict and then
-learn, sample by sample, as benchmarks.streaming does. Within a seed all share initial weights and order. Finished
+and batch sizes of benchmarks/evidence/questions.py, and where a variant looks better than the default, both again on
+other seeds; those about streams (fold, stat_decay, floors, …) predict and then learn, sample by sample, as
+benchmarks.streaming does. Within a seed all share initial weights and order. Finished
 runs are kept under OUTPUT/.cache and skipped the next time.
 """
 
@@ -19,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.data import DataMissingError
-from benchmarks.evidence.ablation_report import write
-from benchmarks.evidence.questions import QUESTIONS, Question
+from benchmarks.evidence import confirm
+from benchmarks.evidence.ablation_report import grids_of, write
+from benchmarks.evidence.question import Question
+from benchmarks.evidence.questions import QUESTIONS
 from benchmarks.evidence.replicas import run_streams
 from benchmarks.evidence.runner import Cache, published, run_all
 
@@ -41,9 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     cache = Cache(args.output / ".cache" / "evidence", published(args.output))
     until = -math.inf if args.report else time.monotonic() + 60 * args.minutes
+    seeds = tuple(args.seeds)
     for name in args.only:
         question = QUESTIONS[name]
-        runs: list[Any] = list(question.runs(args.preset, tuple(args.seeds)))
+        runs: list[Any] = list(question.runs(args.preset, seeds))
         if isinstance(question, Question):
             runs = [r for r in runs if r.task in (args.tasks or [r.task])]
             runs = [r for r in runs if r.batch_size in (args.batch_sizes or [r.batch_size])]
@@ -51,13 +55,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options = {"workers": args.workers, "until": until, "label": name}
             if isinstance(question, Question):
                 run_all(runs, cache, args.data_dir, **options)
+                grids = grids_of(question, args.preset, seeds, cache.found(question.runs(args.preset, seeds)))
+                run_all(confirm.runs(question, args.preset, grids), cache, args.data_dir, **options)
             else:
                 run_streams(runs, cache, **options)
         except DataMissingError as error:
             sys.exit(f"error: {error}")
         except KeyboardInterrupt:
             sys.exit("\nInterrupted. The same command goes on from the last finished run.")
-        print(write(question, args.preset, tuple(args.seeds), cache, args.output))
+        print(write(question, args.preset, seeds, cache, args.output))
 
 
 if __name__ == "__main__":

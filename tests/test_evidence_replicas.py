@@ -11,6 +11,7 @@ from torch import nn
 pytest.importorskip("tqdm", reason="the benchmarks show progress")
 
 from benchmarks.evidence.contenders import CONTENDERS, Contender, bnp
+from benchmarks.evidence.replica_statistics import Statistics
 from benchmarks.evidence.replicas import Stack, errors_of, supports
 from benchmarks.evidence.streams import Stream
 from benchmarks.workloads import mlp
@@ -25,6 +26,10 @@ CHOSEN = [
     bnp("BNP-SGD, feature floors", "sgd", "feature floors"),
     bnp("BNP-SGD, first floors", "sgd", "first floors"),
     bnp("BNP-AdamW, geometric floors", "adamw", "geometric floors"),
+    bnp("BNP-SGD, no debias", "sgd", debias=False),
+    bnp("BNP-AdamW, no debias", "adamw", debias=False),
+    bnp("BNP-SGD, restart at 3", "sgd", "restart at 3"),
+    bnp("BNP-AdamW, restart at 5", "adamw", "restart at 5"),
 ]
 
 
@@ -63,6 +68,13 @@ def net_by_net(
     return model, outputs
 
 
+def shifting(classes: int) -> Stream:
+    """The same, its inputs elsewhere from sample 40 on: what a restart is for."""
+    data = stream(classes)
+    data.x[40:] += 5
+    return data
+
+
 CASES = [(c, classes, 0) for c in CHOSEN for classes in (3, 0)]
 CASES += [(CONTENDERS[name], 3, 10) for name in ("SGD", "BNP-SGD", "BNP-AdamW")]
 CASES += [(bnp("BNP-SGD, layer floors", "sgd", "layer floors"), 3, 10)]
@@ -73,7 +85,7 @@ def test_every_output_is_that_of_the_net_alone(
     contender: Contender, classes: int, fold: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert supports(contender)
-    data, seen = stream(classes), []
+    data, seen = (shifting if "restart" in contender.variant else stream)(classes), []
     forward = Stack.forward
 
     def recorded(self: Stack, x: torch.Tensor) -> torch.Tensor:
@@ -90,6 +102,32 @@ def test_every_output_is_that_of_the_net_alone(
         outputs = outputs[:fold] + outputs[2 * fold :]  # between them are those of the samples that are learned late
         wrong = [float(o.argmax()) != y if classes else abs(float(o) - y) for o, y in zip(outputs, data.y, strict=True)]
         np.testing.assert_allclose(errors[i], np.array(wrong, dtype=float), rtol=1e-7, atol=1e-9)
+
+
+def means_after(variant: str, x: np.ndarray) -> torch.Tensor:
+    """μ after each sample, (samples, inputs)."""
+    statistics = Statistics(bnp("", "sgd", variant), torch.zeros(1, x.shape[1], dtype=torch.float64), first=True)
+    means = []
+    for row in torch.from_numpy(x):
+        statistics.update(row[None])
+        means.append(statistics.mean[0].clone())
+    return torch.stack(means)
+
+
+def test_a_restart_follows_a_shift_and_neither_noise_nor_one_outlier() -> None:
+    x = np.random.default_rng(0).normal(size=(600, 4))
+    torch.testing.assert_close(means_after("restart at 5", x), means_after("", x), rtol=1e-12, atol=1e-12)
+    absurd = x.copy()
+    absurd[300] *= 1000
+    torch.testing.assert_close(means_after("restart at 5", absurd), means_after("", absurd), rtol=1e-12, atol=1e-9)
+    shift = x.copy()
+    shift[300:] += 10
+    assert means_after("", shift)[319].mean() == pytest.approx(10 * (1 - 0.99**20), abs=0.3)  # 1.8
+    mass, left = 10.0, 0.9**2  # two samples are seen before the fast memory, of mass 10, is believed
+    for _ in range(18):
+        mass = 0.99 * mass + 1
+        left *= 1 - 1 / mass
+    assert means_after("restart at 5", shift)[319].mean() == pytest.approx(10 * (1 - left), abs=0.3)  # 7.0
 
 
 def test_a_replica_that_diverges_leaves_the_others_alone() -> None:

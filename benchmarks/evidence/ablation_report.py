@@ -9,10 +9,11 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.documents import compact, environment
+from benchmarks.evidence import confirm, recovery
 from benchmarks.evidence.contenders import Contender
 from benchmarks.evidence.engine import Run
 from benchmarks.evidence.progressive import StreamRun
-from benchmarks.evidence.questions import Question, StreamQuestion
+from benchmarks.evidence.question import Question, StreamQuestion
 from benchmarks.evidence.runner import Cache
 from benchmarks.evidence.tasks import TASKS
 from benchmarks.report import dot, made_with
@@ -23,6 +24,9 @@ Grid = dict[float, float]  # accuracy, mean over the seeds, by rate
 def write(question: Question | StreamQuestion, preset: str, seeds: tuple[int, ...], cache: Cache, output: Path) -> str:
     """Write JSON and Markdown; returns the Markdown."""
     results: dict[Any, Any] = dict(cache.found(question.runs(preset, seeds)))  # type: ignore[type-var]
+    if isinstance(question, Question):
+        grids = grids_of(question, preset, seeds, results)
+        results |= cache.found(confirm.runs(question, preset, grids))
     names = names_of(question)
     document = {
         "benchmark": "ablations",
@@ -103,6 +107,7 @@ def markdown(
             *_whole(own),
             "",
         ]
+    lines += confirm.table(question, preset, grids, results)
     return "\n".join([*lines, made_with(document["environment"], document["cpu_seconds"]), ""])
 
 
@@ -185,6 +190,7 @@ def stream_markdown(
                     texts.append(dot(grid[rate]) + ("" if which else f" ({rate:g}{edge})"))
             lines.append(f"| {name} | " + (f"{one or 0:g} | " if which else "") + " | ".join(texts) + " |")
         lines.append("")
+    lines += recovery.table(question, seeds, results)
     return "\n".join([*lines, made_with(document["environment"], document["cpu_seconds"]), ""])
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +18,9 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from benchmarks.evidence.muon import CPUMuon
+from benchmarks.evidence.variants import VARIANTS
 from benchmarks.workloads import Norm, mlp, norm2d
 from bnp_optim import BNPreconditioner, CombinedOptimizer
-from bnp_optim.bank import StatisticsBank
-from bnp_optim.layers import Samples, register_layer
-from bnp_optim.layers.conv import ConvAdapter
 
 SGD_RATES = (1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 ADAPTIVE_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1)
@@ -68,11 +65,13 @@ class Contender:
             return base
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a form that is chosen against advice is what an ablation is
-            return BNPreconditioner(base, model, **{"mode": _IMPLIED.get(self.base, "two_sided"), **dict(self.bnp)})
+            skip = VARIANTS[self.variant].left_out(model)
+            options = {"mode": _IMPLIED.get(self.base, "two_sided"), **dict(self.bnp)}
+            return BNPreconditioner(base, model, **options, skip=skip)
 
     def context(self) -> AbstractContextManager[None]:
         """What must hold while it trains."""
-        return VARIANTS[self.variant]() if self.variant else nullcontext()
+        return VARIANTS[self.variant].context()
 
 
 def bnp(name: str, base: str, variant: str = "", **options: Any) -> Contender:
@@ -211,98 +210,9 @@ NOTES = {
 }
 
 
-class PositionsConv2d(nn.Conv2d):
-    """A ``Conv2d`` for which N counts samples × positions; computes what ``Conv2d`` does."""
-
-
-class _PositionsAdapter(ConvAdapter):
-    def samples(self, module: nn.Module, input: Tensor) -> Samples:
-        values = super().samples(module, input).values
-        assert isinstance(values, Tensor)
-        return Samples(values, values.numel() // values.shape[1])
-
-
-register_layer(PositionsConv2d, _PositionsAdapter())
-
-
-@contextmanager
-def positions() -> Iterator[None]:
-    """Nothing: the net is what differs, see :func:`prepared`."""
-    yield
-
-
-@contextmanager
-def feature_floors() -> Iterator[None]:
-    """Inside, the floor of a feature is relative to itself: σ̃² = (1 + ε1) σ² + ε2."""
-
-    def invert(self: StatisticsBank, values: Any) -> None:
-        floored = values.variance.mul(1 + self.options.var_rel_eps).add_(self.options.var_eps)
-        torch.rsqrt(floored, out=values.inv_std)
-
-    with mock.patch.object(StatisticsBank, "_invert", invert):
-        yield
-
-
-@contextmanager
-def geometric_floors() -> Iterator[None]:
-    """Inside, floors are relative to the geometric mean of σ² + ε2: σ̃² = σ² + ε1·exp(mean(log(σ² + ε2))) + ε2."""
-
-    def invert(self: StatisticsBank, values: Any) -> None:
-        real = torch.tensor([r.statistics for r in self.rows_])
-        inside = torch.arange(values.variance.shape[1]) < real[:, None]
-        logs = (values.variance + self.options.var_eps).log().where(inside, 0.0).sum(1) / real
-        floor = self.options.var_rel_eps * logs.exp() + self.options.var_eps
-        torch.rsqrt(values.variance + floor[:, None].to(values.variance), out=values.inv_std)
-
-    init = StatisticsBank.__init__
-
-    def remember(self: Any, rows: Any, *args: Any, **options: Any) -> None:
-        self.rows_ = rows
-        init(self, rows, *args, **options)
-
-    with mock.patch.object(StatisticsBank, "_invert", invert), mock.patch.object(StatisticsBank, "__init__", remember):
-        yield
-
-
-@contextmanager
-def first_floors() -> Iterator[None]:
-    """Inside, the first layer's floors are those of :func:`feature_floors`, the other layers' as ever.
-
-    For small nets, whose layers are in one bank in the order of the model.
-    """
-
-    def invert(self: StatisticsBank, values: Any) -> None:
-        floor = self.options.var_rel_eps * values.variance.amax(1, keepdim=True) + values.variance
-        floor[0] = values.variance[0] * (1 + self.options.var_rel_eps)
-        torch.rsqrt(floor + self.options.var_eps, out=values.inv_std)
-
-    with mock.patch.object(StatisticsBank, "_invert", invert):
-        yield
-
-
-@contextmanager
-def layer_floors() -> Iterator[None]:
-    """Inside, floors are relative to the layer's largest variance in its inputs' own units, folded or not."""
-    with mock.patch.object(StatisticsBank, "set_units", return_value=None):
-        yield
-
-
-VARIANTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
-    "positions": positions,
-    "feature floors": feature_floors,
-    "geometric floors": geometric_floors,
-    "first floors": first_floors,
-    "layer floors": layer_floors,
-}
-
-
 def prepared(model: nn.Module, contender: Contender) -> nn.Module:
     """The net as the variant wants it."""
-    if contender.variant == "positions":
-        for module in model.modules():
-            if type(module) is nn.Conv2d:
-                module.__class__ = PositionsConv2d
-    return model
+    return VARIANTS[contender.variant].prepare(model)
 
 
 @cache

@@ -24,6 +24,7 @@ from benchmarks.workloads import mlp
 
 PROTOCOL = 2
 BLOCKS = 50  # of which the mean error is kept
+AFTER = ((1, 100), (101, 500))  # samples after an event, of which it is kept too
 WIDTHS = (32, 32)
 
 
@@ -119,7 +120,7 @@ def score(errors: np.ndarray, stream: Stream, seconds: float) -> dict[str, Any]:
     """Mean error (a share of wrong answers, or the mean absolute error), and the means of BLOCKS blocks.
 
     From a prediction that is not finite on a model has diverged, and scores chance; no error of a regression counts
-    for more than that either.
+    for more than that either. After a stream's event also the mean errors of the samples AFTER it.
     """
     diverged = bool(np.isnan(errors).any())
     errors = np.minimum(np.where(np.isnan(errors), stream.chance, errors), max(stream.chance, 1.0))
@@ -128,7 +129,12 @@ def score(errors: np.ndarray, stream: Stream, seconds: float) -> dict[str, Any]:
         "diverged": diverged,
         "seconds": round(seconds, 3),
         "blocks": [round(float(b.mean()), 5) for b in np.array_split(errors, BLOCKS)],
+        **({"after": _after(errors, stream.event)} if stream.event else {}),
     }
+
+
+def _after(errors: np.ndarray, event: int) -> list[float]:
+    return [round(float(errors[event + first : event + last + 1].mean()), 5) for first, last in AFTER]
 
 
 def _last(stream: Stream) -> np.ndarray:

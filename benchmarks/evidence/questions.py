@@ -1,79 +1,29 @@
-"""The ablations: each a question, the contenders that answer it, and where they are asked."""
+"""The ablations."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.evidence import streams
 from benchmarks.evidence.contenders import CONTENDERS, Contender, bnp
-from benchmarks.evidence.engine import Run
-from benchmarks.evidence.plan import SHORT, TUNING_SEED
-from benchmarks.evidence.progressive import StreamRun
+from benchmarks.evidence.plan import SHORT
+from benchmarks.evidence.question import Question, StreamQuestion
 from benchmarks.evidence.streaming_plan import INPUTS
 from benchmarks.evidence.streams import Inputs
-from benchmarks.evidence.tasks import TASKS
+from benchmarks.evidence.variants import RESTARTS
 
 SCALES = ("trace", "spectral", "fan_in", None)
 
 
-@dataclass(frozen=True)
-class Question:
-    """Every contender at every rate of its grid, at a constant rate.
-
-    Args:
-        contenders: By what tables call them; a plain base among them is what "lift" refers to.
-        samples: By task and batch size, trimmed; ``--preset full`` takes the task's own at the same batch sizes.
-    """
-
-    name: str
-    title: str
-    contenders: Mapping[str, Contender]
-    samples: Mapping[str, Mapping[int, int]]
-
-    def runs(self, preset: str, seeds: tuple[int, ...] = (TUNING_SEED,)) -> list[Run]:
-        """All runs, task by task, seed by seed."""
-        return [
-            Run(task, c, rate, b, n if preset == "short" else TASKS[task].samples[b], seed)
-            for task, samples in self.samples.items()
-            for seed in seeds
-            for b, n in samples.items()
-            for c in self.contenders.values()
-            for rate in c.rates
-        ]
-
-
-@dataclass(frozen=True)
-class StreamQuestion:
-    """Every contender at every rate of its grid, on streams.
-
-    Args:
-        contenders: By what tables call them, with the sample at which :func:`bnp_optim.fold_normalization` is called,
-            or 0.
-        places: (stream, inputs).
-    """
-
-    name: str
-    title: str
-    contenders: Mapping[str, tuple[Contender, int]]
-    places: tuple[tuple[str, Inputs], ...]
-
-    def runs(self, preset: str, seeds: tuple[int, ...] = (TUNING_SEED,)) -> list[StreamRun]:
-        """All runs, seed by seed, place by place, over whole streams whatever the preset."""
-        return [
-            StreamRun(stream, inputs, contender, rate, seed, streams.SAMPLES[stream], fold)
-            for seed in seeds
-            for stream, inputs in self.places
-            for contender, fold in self.contenders.values()
-            for rate in contender.rates
-        ]
+TWO_SIDED, POSITIONS = "BNP-momentum, two-sided", "N = samples × positions"
+BASES = {"sgd": "BNP-SGD", "momentum": "BNP-momentum", "adamw": "BNP-AdamW"}
 
 
 def _around(variants: Mapping[str, dict[str, Any]]) -> dict[str, tuple[Contender, int]]:
     """BNP-SGD and BNP-AdamW in each variant; "fold" and "variant" are no options of BNP's."""
     found = {}
-    for base, name in (("sgd", "BNP-SGD"), ("adamw", "BNP-AdamW")):
+    for base, name in (("sgd", BASES["sgd"]), ("adamw", BASES["adamw"])):
         for label, options in variants.items():
             options = dict(options)
             fold, variant = options.pop("fold", 0), options.pop("variant", "")
@@ -94,6 +44,35 @@ def _scales() -> dict[str, Contender]:
     return found
 
 
+def _all_around(variants: Mapping[str, dict[str, Any]]) -> dict[str, Contender]:
+    """The plain bases, and BNP around each in each variant; around momentum in the gradient form."""
+    found = {n: CONTENDERS[n] for n in ("SGD", "momentum", "AdamW")}
+    for base, name in BASES.items():
+        form = {"mode": "gradient"} if base == "momentum" else {}
+        for label, options in variants.items():
+            found[f"{name}, {label}"] = bnp(f"{name}, {label}", base, **form, **options)
+    return found
+
+
+def _against(default: str, variants: Sequence[str], names: Sequence[str]) -> dict[str, str]:
+    return {f"{name}, {variant}": f"{name}, {default}" for name in names for variant in variants}
+
+
+def _samples_of_convolutions() -> dict[str, Contender]:
+    """The question is that of "trace"; "spectral" averages over positions as it is."""
+    found = {n: CONTENDERS[n] for n in ("SGD", "AdamW")}
+    two_sided = {"base": "momentum", "mode": "two_sided"}
+    for name, options in {"BNP-SGD": {"base": "sgd"}, "BNP-AdamW": {"base": "adamw"}, TWO_SIDED: two_sided}.items():
+        found[f"{name}, N = samples"] = bnp(f"{name}, N = samples", **options)
+        found[f"{name}, {POSITIONS}"] = bnp(f"{name}, {POSITIONS}", variant="positions", **options)
+    return found | {f"{TWO_SIDED}, spectral": bnp(f"{TWO_SIDED}, spectral", step_scale="spectral", **two_sided)}
+
+
+LEFT_OUT = ("without the first", "without the last", "without both", "first only")
+SHIFTS: tuple[tuple[str, Inputs], ...] = (
+    ("ImageSegments, shift", "raw"), ("ImageSegments, shift", "scaled"), ("Agrawal, drift", "scaled"),
+    ("SEA, drift", "raw"), ("ImageSegments", "scaled"), ("Bananas", "raw"),
+)  # fmt: skip
 QUESTIONS: dict[str, Question | StreamQuestion] = {
     q.name: q
     for q in (
@@ -106,15 +85,29 @@ QUESTIONS: dict[str, Question | StreamQuestion] = {
         Question(
             "conv_samples",
             "What is a sample of a convolution?",
-            {
-                "SGD": CONTENDERS["SGD"],
-                "AdamW": CONTENDERS["AdamW"],
-                "BNP-SGD, N = samples": bnp("BNP-SGD, N = samples", "sgd"),
-                "BNP-SGD, N = samples × positions": bnp("BNP-SGD, N = samples × positions", "sgd", "positions"),
-                "BNP-AdamW, N = samples": bnp("BNP-AdamW, N = samples", "adamw"),
-                "BNP-AdamW, N = samples × positions": bnp("BNP-AdamW, N = samples × positions", "adamw", "positions"),
-            },
+            _samples_of_convolutions(),
             {"cifar": _part("cifar", 64, 16, 1)},
+            _against("N = samples", [POSITIONS], ["BNP-SGD", "BNP-AdamW", TWO_SIDED]),
+        ),
+        Question(
+            "inclusion",
+            "First and last layer, in or out?",
+            _all_around({"all layers": {}} | {v: {"variant": v} for v in LEFT_OUT}),
+            {"fashion": _part("fashion", 64, 16, 1)},
+            _against("all layers", LEFT_OUT, list(BASES.values())),
+        ),
+        Question(
+            "debias",
+            "Bias correction of the statistics, or a start from mean 0 and variance 1?",
+            _all_around({"corrected": {}, "from 0 and 1": {"debias": False}}),
+            {"fashion": _part("fashion", 16)},
+            _against("corrected", ["from 0 and 1"], list(BASES.values())),
+        ),
+        StreamQuestion(
+            "debias_streams",
+            "Bias correction of the statistics, on streams?",
+            _around({"corrected": {}, "from 0 and 1": {"debias": False}}),
+            (("ImageSegments", "scaled"), ("ImageSegments", "raw"), ("Bananas", "raw"), ("SEA, drift", "raw")),
         ),
         StreamQuestion(
             "fold",
@@ -132,8 +125,21 @@ QUESTIONS: dict[str, Question | StreamQuestion] = {
             "stat_decay",
             "How long a memory, under shift and drift?",
             _around({f"ρ = {r}": {"stat_decay": r} for r in (0.9, 0.99, 0.999)}),
-            (("ImageSegments, shift", "raw"), ("ImageSegments, shift", "scaled"), ("Agrawal, drift", "scaled"),
-             ("SEA, drift", "raw"), ("ImageSegments", "scaled"), ("Bananas", "raw")),
+            SHIFTS,
+        ),
+        StreamQuestion(
+            "restart",
+            "A memory that shortens itself when new samples do not fit?",
+            _around(
+                {f"ρ = {r}": {"stat_decay": r} for r in (0.9, 0.99)} | {name: {"variant": name} for name in RESTARTS}
+            ),
+            SHIFTS,
+        ),
+        StreamQuestion(
+            "outlier",
+            "How fast does one absurd sample pass?",
+            {n: (CONTENDERS[n], 0) for n in ("SGD", "AdamW")} | _around({"trace": {}, "None": {"step_scale": None}}),
+            tuple((stream, "scaled") for stream in streams.ABSURD),
         ),
         StreamQuestion(
             "floors",

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,12 @@ from tqdm import tqdm
 
 from benchmarks.evidence.contenders import Contender
 from benchmarks.evidence.progressive import WIDTHS, StreamRun, score
+from benchmarks.evidence.replica_statistics import OPTIONS, VARIANTS, Statistics
 from benchmarks.evidence.runner import Cache, run_all, single_threaded
 from benchmarks.evidence.streams import Stream, load
 from benchmarks.workloads import mlp
 from bnp_optim import fold_normalization
 from bnp_optim.units import UNITS
-
-_OPTIONS = {"stat_decay", "var_rel_eps", "var_eps", "step_scale"}
 
 
 def supports(contender: Contender) -> bool:
@@ -37,52 +35,10 @@ def supports(contender: Contender) -> bool:
     return (
         contender.base in ("sgd", "adamw")
         and contender.norm in ("none", "on")
-        and set(options) <= _OPTIONS
+        and set(options) <= OPTIONS
         and options.get("step_scale", "trace") in ("trace", None)
-        and contender.variant in ("", "feature floors", "geometric floors", "first floors", "layer floors")
+        and contender.variant in VARIANTS
     )
-
-
-@dataclass
-class Statistics:
-    """BNP's of one layer, (replicas, inputs)."""
-
-    contender: Contender
-    mean: Tensor
-    first: bool
-    units: Tensor | None  # of a fold
-    variance: Tensor = field(init=False)
-    count: int = 0
-
-    def __post_init__(self) -> None:
-        self.variance = torch.zeros_like(self.mean)
-        options = dict(self.contender.bnp or ())
-        self.decay = options.get("stat_decay", 0.99)
-        self.rel, self.eps = options.get("var_rel_eps", 1e-2), options.get("var_eps", 1e-4)
-        self.bounded = options.get("step_scale", "trace") is not None
-
-    def update(self, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Take in one sample; returns a − μ (0 while there is one sample only), 1/σ̃², and q²."""
-        self.count += 1
-        r = self.decay * (1 - self.decay ** (self.count - 1)) / (1 - self.decay**self.count)
-        delta = a - self.mean
-        self.mean = torch.add(self.mean, delta, alpha=1 - r)
-        self.variance = (r * self.variance).addcmul_(delta, delta, value=r * (1 - r))
-        inverse = self._floored().reciprocal_()
-        q2 = (
-            1 + (r * r) * (delta.square() * inverse).sum(1, keepdim=True) if self.bounded else torch.ones_like(a[:, :1])
-        )
-        return (r * delta if self.count > 1 else torch.zeros_like(delta)), inverse, q2
-
-    def _floored(self) -> Tensor:
-        variance = self.variance
-        if self.contender.variant == "feature floors" or (self.contender.variant == "first floors" and self.first):
-            return variance * (1 + self.rel) + self.eps
-        if self.contender.variant == "geometric floors":
-            return variance + self.rel * (variance + self.eps).log().mean(1, keepdim=True).exp() + self.eps
-        if self.units is not None and self.contender.variant != "layer floors":
-            return variance + self.rel * (variance / self.units).amax(1, keepdim=True) * self.units + self.eps
-        return variance + self.rel * variance.amax(1, keepdim=True) + self.eps
 
 
 class Adam:
@@ -210,7 +166,7 @@ class Stack:
             w.baddbmm_((-rates * delta).unsqueeze(2), row.unsqueeze(1))
             b.sub_(rates * delta * (1 / q2 - (row * mean).sum(1, keepdim=True)))
             return
-        scale, inv_q = inverse.sqrt() / q2.sqrt() * (self.statistics[i].count > 1), q2.rsqrt()
+        scale, inv_q = inverse.sqrt() / q2.sqrt() * (not self.statistics[i].single), q2.rsqrt()
         dz = self.adams[i].update(_outer(delta, centred * scale)).mul_(scale.unsqueeze(1))
         bias_adam = self.bias_adams[i]
         assert bias_adam is not None

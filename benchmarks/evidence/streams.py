@@ -23,12 +23,14 @@ class Stream:
         classes: How many; 0 for a regression.
         units: Of a regression whose targets are standardized while they come, as river's TargetStandardScaler does it:
             (samples + 1, 2), mean and standard deviation of the targets before each sample, and after the last.
+        event: The sample after which something is watched; 0: none.
     """
 
     x: np.ndarray
     y: np.ndarray
     classes: int
     units: np.ndarray | None = None
+    event: int = 0
 
     def target(self, i: int) -> float:
         """What a net learns at sample i: the number, in units of the targets up to and with it if they are scaled."""
@@ -81,6 +83,14 @@ def with_scaled_target(stream: Stream) -> Stream:
     return replace(stream, units=np.array(units))
 
 
+def absurd(stream: Stream, factor: float, *, wrong: bool) -> Stream:
+    """At one third of the stream one sample times ``factor``, with its answer or a wrong one: the stream's event."""
+    x, y, event = stream.x.copy(), stream.y.copy(), len(stream.x) // 3
+    x[event] *= factor
+    y[event] = (y[event] + wrong) % stream.classes
+    return replace(stream, x=x, y=y, event=event)
+
+
 def _agrawal(count: int) -> Stream:
     from river.datasets import synth
 
@@ -127,12 +137,32 @@ SAMPLES = {
 }  # fmt: skip; Shuttle has 49,097, almost all of them easy
 
 
+# (stream, factor, whether the answer is wrong); at a right answer the softmax of a huge sample has no gradient
+ABSURD: dict[str, tuple[str, float, bool]] = {
+    f"{name}, {label}": (name, factor, wrong)
+    for name in ("ImageSegments", "Bananas")
+    for label, factor, wrong in (
+        ("as it is", 1, False),
+        ("sample × 1000", 1e3, False),
+        ("sample × 1000, wrong answer", 1e3, True),
+    )
+}
+
+
+def samples_of(name: str) -> int:
+    """Of a stream of STREAMS or ABSURD."""
+    return SAMPLES[ABSURD[name][0] if name in ABSURD else name]
+
+
 @cache
 def load(name: str, inputs: Inputs, samples: int) -> Stream:
     """A stream, raw or as river's StandardScaler hands it on sample by sample (each sample counts before it goes).
 
-    Drifts and shifts come in the middle of the ``samples``.
+    Drifts and shifts come in the middle of the ``samples``; what is absurd comes after scaling.
     """
+    if name in ABSURD:
+        source, factor, wrong = ABSURD[name]
+        return absurd(load(source, inputs, samples), factor, wrong=wrong)
     stream = STREAMS[name](samples)
     return stream if inputs == "raw" else replace(stream, x=scaled(stream.x))
 
