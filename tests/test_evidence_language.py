@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,7 +60,7 @@ def library(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def toy(library: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def toy(library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The digest of a text that is learned at once, in the place of the standard library."""
     monkeypatch.setattr(corpus, "sysconfig", SimpleNamespace(get_paths=lambda: {"stdlib": str(library)}))
     standard_library.cache_clear()

@@ -102,5 +102,5 @@ FULL = {16: 2_000, 1: 8_000}
 PRESETS = {
     "full": (LanguageScope(SMALL, FULL), LanguageScope(LARGE, FULL)),
     "short": (LanguageScope(SMALL, {16: 300, 1: 600}, slow_seeds=(1, 2), suffix="_short"),),
-    "quick": (LanguageScope(Net(2, 64, 32), {16: 80, 1: 160}, seeds=(1,), slow_seeds=(1,), suffix="_quick"),),
+    "quick": (LanguageScope(Net(2, 64, 32), {16: 100, 1: 200}, seeds=(1,), slow_seeds=(1,), suffix="_quick"),),
 }
