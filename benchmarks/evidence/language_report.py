@@ -141,7 +141,7 @@ def _losses(scope: LanguageScope, cells: Cells) -> Iterable[str]:
 
 
 def _difference(pair: tuple[float, float], seeds: int) -> str:
-    return dot(pair[0], 3, "+") + (f" ± {dot(pair[1])}" if seeds > 1 else " (one seed)")
+    return dot(pair[0], 3, "+") + ({0: " (tuning seed)", 1: " (one seed)"}.get(seeds) or f" ± {dot(pair[1])}")
 
 
 def _differences(cells: Cells) -> Iterable[str]:
