@@ -163,13 +163,14 @@ def _targets(cells: Cells) -> Iterable[str]:
     """Those that were set before the first run."""
     yield from _header("target", ("batch", "verdict", "number"))
 
-    def line(what: str, b: int, value: float, number: str) -> str:
-        return f"| {what} | {b} | {'**met**' if value < 0 else '**missed**'} | {number} |"
+    def line(what: str, b: int, value: float, number: str, error: float = 0.0) -> str:
+        verdict = ("**met**" if value < 0 else "**missed**") + ", within two errors" * (abs(value) <= 2 * error)
+        return f"| {what} | {b} | {verdict} | {number} |"
 
     for x in lifts(cells):
         if x.contender in ("BNP-AdamW", "BNP-Muon"):
             found = _difference(x.at_best, x.seeds)
-            yield line(f"{x.contender} below {x.base}, best rates", x.batch_size, x.at_best[0], found)
+            yield line(f"{x.contender} below {x.base}, best rates", x.batch_size, x.at_best[0], found, x.at_best[1])
         if x.contender == "BNP-AdamW":
             what = f"{x.contender} below {x.base}, mean over the grid"
             yield line(what, x.batch_size, x.over_grid, dot(x.over_grid, 3, "+"))
