@@ -17,7 +17,7 @@ TORCH_PIN := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 .DELETE_ON_ERROR:
 .PHONY: help venv test test-all test-deep-river lint format demo benchmark-quick benchmark-overhead benchmark-sampling \
 	benchmark-layers benchmark-sequences benchmark-curvature benchmark-scale benchmark-theory benchmark-sgld benchmark-gamma-decay \
-	benchmark-convergence benchmark-streaming benchmark-ablations build clean
+	benchmark-convergence benchmark-streaming benchmark-language benchmark-ablations build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-22s %s\n", $$1, $$2 }' Makefile
@@ -81,6 +81,10 @@ benchmark-convergence: $(STAMP) ## accuracy against all peers: days (EVIDENCE_AR
 benchmark-streaming: $(STAMP) ## river's streams, predict then learn, about 10 minutes (EVIDENCE_ARGS=--quick: one)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[benchmarks]"
 	$(BIN)/python -m benchmarks.streaming $(EVIDENCE_ARGS)
+
+benchmark-language: $(STAMP) ## a character GPT: days (EVIDENCE_ARGS="--preset short": an hour; --quick: minutes)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[benchmarks]"
+	$(BIN)/python -m benchmarks.language $(EVIDENCE_ARGS)
 
 benchmark-ablations: $(STAMP) ## which default is best (EVIDENCE_ARGS="--only fold": one question; DATA_DIR=…)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[benchmarks]"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.data import Split
@@ -29,27 +30,50 @@ TARGETS = {
 def step_times(
     task: Task, split: Split, contenders: Sequence[Contender], batch_size: int, rounds: int = 20, burst: int = 5
 ) -> dict[str, float]:
+    """Median CPU milliseconds of a step on ``task``, by contender; see :func:`in_turn`."""
+    generator = torch.Generator().manual_seed(0)
+
+    def build(contender: Contender) -> nn.Module:
+        return prepared(task.build(contender.norm), contender)
+
+    def batches(steps: int) -> Tensor:
+        return torch.randint(len(split.train_x), (steps, batch_size), generator=generator)
+
+    def loss(model: nn.Module, index: Tensor) -> Tensor:
+        return F.cross_entropy(model(task.prepare(split.train_x[index])), split.train_y[index])
+
+    return in_turn(contenders, build, batches, loss, f"{task.name}, steps of {batch_size}", rounds, burst)
+
+
+def in_turn(
+    contenders: Sequence[Contender],
+    build: Callable[[Contender], nn.Module],
+    batches: Callable[[int], Iterable[Tensor]],
+    loss: Callable[[nn.Module, Tensor], Tensor],
+    label: str,
+    rounds: int = 20,
+    burst: int = 5,
+) -> dict[str, float]:
     """Median CPU milliseconds of a step, by contender: ``rounds`` rounds in which each makes ``burst`` steps in turn.
 
     A burst counts as one measurement, so that work that a method does every few steps is in it (every ten: SOAP,
-    Shampoo; their bursts are ten steps long).
+    Shampoo; their bursts are ten steps long). ``batches(steps)`` are what ``loss`` takes, one per step.
     """
     single_threaded()
     trainings = []
     for contender in contenders:
         torch.manual_seed(0)
-        model = prepared(task.build(contender.norm), contender)
+        model = build(contender)
         steps = 10 if contender.slow else burst
         trainings.append((contender, model, contender.make(model, TINY), steps, list[float]()))
-    generator = torch.Generator().manual_seed(0)
-    for turn in tqdm(range(rounds + 2), desc=f"{task.name}, steps of {batch_size}", mininterval=5):
+    for turn in tqdm(range(rounds + 2), desc=label, mininterval=5):
         for contender, model, optimizer, steps, found in trainings:
-            index = torch.randint(len(split.train_x), (steps, batch_size), generator=generator)
+            chosen = batches(steps)
             with contender.context():
                 start = time.process_time()
-                for i in index:
+                for batch in chosen:
                     optimizer.zero_grad()
-                    F.cross_entropy(model(task.prepare(split.train_x[i])), split.train_y[i]).backward()
+                    loss(model, batch).backward()
                     optimizer.step()
                 if turn > 1:  # two rounds of warming up
                     found.append(1e3 * (time.process_time() - start) / steps)
