@@ -27,6 +27,8 @@ def keep_units(module: nn.Module, variance: Tensor) -> None:
 
 
 def units_of(layer: Layer) -> Tensor | None:
-    """What was noted at any of the modules that share the weight."""
+    """What was noted at any of the modules that share the weight; nothing if it did not survive a cast (to float16)."""
     found = (use.module._buffers.get(UNITS) for use in layer.uses)
-    return next((u for u in found if u is not None and u.numel() == layer.rows.statistics), None)
+    units = next((u for u in found if u is not None and u.numel() == layer.rows.statistics), None)
+    sound = units is not None and bool((units.isfinite() & (units > 0)).all())
+    return units if sound else None

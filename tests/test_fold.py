@@ -229,3 +229,14 @@ def test_units_travel_with_copies_and_checkpoints_and_not_with_the_model() -> No
     damaged["state"][0]["bnp_units"] = torch.ones(2)
     with pytest.raises(ValueError, match="bnp_units of shape"):
         resumed.load_state_dict(damaged)
+
+
+def test_units_that_a_cast_has_ruined_are_not_used() -> None:
+    model = nn.Linear(3, 2)
+    fold_normalization(model, torch.randn(20, 3) * torch.tensor([1.0, 1.0, 1e4]))
+    model.half().float()  # 1e8 is infinite in between
+    optimizer = BNPreconditioner(torch.optim.SGD(model.parameters(), lr=1e-3), model)
+    model(torch.randn(5, 3)).square().mean().backward()
+    optimizer.step()
+    assert "bnp_units" not in optimizer.state_dict()["state"].get(0, {})
+    assert model.weight.isfinite().all()
