@@ -55,8 +55,8 @@ class BNPreconditioner(AroundOptimizer):
     and clipping. ``step()`` leaves the *preconditioned* gradient in ``.grad``.
 
     Samples of a step are those whose gradient is in ``.grad``; gradients that are zeroed in place by anyone but
-    this optimizer cannot be seen to be gone. Padded positions count as samples. The loss should be a mean over the
-    batch: with a sum, ``N`` in ``q²`` means nothing.
+    this optimizer cannot be seen to be gone. Padded positions count in the statistics. The loss should be a mean over
+    the batch: with a sum, ``N`` in ``q²`` means nothing.
 
     Args:
         optimizer: The base. Anything with a ``torch.optim.Optimizer`` interface but closure-driven ones (LBFGS).

@@ -125,6 +125,7 @@ class ByHand:
 
     def observe(self, given: tuple[Tensor, ...], heads: Array) -> None:
         flat = [x.reshape(-1, x.shape[-1]).numpy() for x in given]
+        n = len(given[0])  # sequences
         if self.packed:
             # The reference wants as many queries as keys. Several copies of all rows have the mean, the variance
             # and λ̂ of one, so that only N must be told.
@@ -132,11 +133,11 @@ class ByHand:
             reference = self.each["in_proj_weight"]
             before = reference._samples
             reference.observe(np.concatenate([np.tile(x, (rows // len(x), 1)) for x in flat], 1)[:, :, None])
-            reference._samples = before + min(len(x) for x in flat)
+            reference._samples = before + n
         else:
             for x, rows_of in zip("qkv", flat, strict=True):
-                self.each[f"{x}_proj_weight"].observe(rows_of)
-        self.each["out_proj.weight"].observe(heads)
+                self.each[f"{x}_proj_weight"].observe(rows_of, samples=n)
+        self.each["out_proj.weight"].observe(heads, samples=n)
 
     def commit(self) -> None:
         for reference in self.each.values():

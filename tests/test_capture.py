@@ -41,17 +41,23 @@ def test_micro_batches_are_one_batch(step_scale: Any, mode: Any) -> None:
     assert_same_weights(whole, parts, 1e-12)
 
 
-def test_positions_are_samples_for_linear() -> None:
+def test_statistics_see_positions_and_n_counts_sequences() -> None:
+    """Of a Linear: a batch of two sequences of five has the statistics of ten rows, and q² that of N = 2."""
     rows, sequence = mlp().double(), mlp().double()
     a, b = wrap(rows), wrap(sequence)
-    for x in inputs(4, batch=10):
-        for model, optimizer, shaped in ((rows, a, x), (sequence, b, x.view(1, 10, 4))):
-            optimizer.zero_grad()
-            backward(model, shaped.double())
-            optimizer.step()
-    assert count(b) == 40
+    (x,) = inputs(1, batch=10)
+    for model, optimizer, shaped in ((rows, a, x), (sequence, b, x.view(2, 5, 4))):
+        backward(model, shaped.double())
+        optimizer.step()
+    assert count(b) == 10
     assert_same_statistics(a, b, 1e-12)
-    assert_same_weights(rows, sequence, 1e-12)
+    values = x.double().numpy()
+    floored = values.var(0) + 1e-2 * values.var(0).max() + 1e-4
+    trace = 1 + ((values - values.mean(0)) ** 2 / floored).sum(1).mean()
+    for optimizer, n in ((a, 10), (b, 2)):
+        q2 = float(optimizer.state_dict()["state"][0]["bnp_q2"])
+        assert q2 == pytest.approx(max(trace / n, 1), rel=1e-9)
+    assert trace / 2 > 1 > trace / 10
 
 
 class Twice(nn.Module):

@@ -47,7 +47,8 @@ def test_bilinear_is_linear_on_the_outer_product(
             each(input1=pair[0], input2=pair[1]).sum().backward()
         g_w = exact.weight.grad.numpy().reshape(4, 6)
         g_b = exact.bias.grad.numpy() if bias else None
-        reference.observe(np.einsum("...i,...j->...ij", a.numpy(), b.numpy()).reshape(-1, 6))
+        products = np.einsum("...i,...j->...ij", a.numpy(), b.numpy())
+        reference.observe(products.reshape(*a.shape[:-1], 6))
         reference.commit()
         optimizer.step()
         to = reference.gradient_form if mode == "gradient" else reference.to_z

@@ -1,7 +1,7 @@
 """``nn.MultiheadAttention``: the projections of query, key and value, packed or apart, and ``out_proj``.
 
-Every position is a sample, padded ones too. ``out_proj`` is never called as a module, so its input is taken from where
-autograd keeps it for the weight's gradient.
+Statistics see every position, padded ones too; ``N`` counts sequences. ``out_proj`` is never called as a module, so its
+input is taken from where autograd keeps it for the weight's gradient.
 """
 
 from __future__ import annotations
@@ -47,21 +47,22 @@ class MultiheadAttentionAdapter(ModuleAdapter):
     def keep(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
     ) -> tuple[Any, ...] | None:
-        """``out_proj``'s input or None, then query, key and value; a number for one that was there before."""
+        """N, ``out_proj``'s input or None, then query, key and value; a number for one that was there before."""
         query, key, value = (
             args[i] if len(args) > i else kwargs.get(name) for i, name in enumerate(("query", "key", "value"))
         )
         if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
             return None
+        n = 1 if query.dim() == 2 else query.shape[0 if cast(nn.MultiheadAttention, module).batch_first else 1]
         own = module._parameters
         if not any(p is not None and p.requires_grad for p in map(own.get, ("in_proj_weight", *_APART))):
-            return (_out_input(module, output),)  # autograd keeps none of the three, so they may change
+            return n, _out_input(module, output)  # autograd keeps none of the three, so they may change
         again = 0 if value is query else 1 if value is key else value
-        return _out_input(module, output), query, 0 if key is query else key, again
+        return n, _out_input(module, output), query, 0 if key is query else key, again
 
     def read(self, module: nn.Module, kept: tuple[Any, ...]) -> Sequence[Samples | None]:
         packed = cast(nn.MultiheadAttention, module)._qkv_same_embed_dim
-        out, *given = kept
+        n, out, *given = kept
         flat: list[Tensor] = []
         for x in given:
             flat.append(flat[x] if isinstance(x, int) else x.reshape(-1, x.shape[-1]))
@@ -69,10 +70,10 @@ class MultiheadAttentionAdapter(ModuleAdapter):
         if not flat:
             projections = [None] * (1 if packed else 3)
         elif packed:
-            projections = [Samples(tuple(flat), min(x.shape[0] for x in flat))]
+            projections = [Samples(tuple(flat), n)]
         else:
-            projections = [Samples(x, x.shape[0]) for x in flat]
-        return [*projections, None if out is None else Samples(out, out.shape[0])]
+            projections = [Samples(x, n) for x in flat]
+        return [*projections, None if out is None else Samples(out, n)]
 
     def matrix(self, rows: Rows, weight: Tensor) -> Tensor:
         # as a Linear's, which out_proj is too

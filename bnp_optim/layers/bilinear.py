@@ -12,7 +12,7 @@ from bnp_optim.layers.registry import register_layer
 
 
 class BilinearAdapter(ModuleAdapter):
-    """``(…, in1_features)`` and ``(…, in2_features)`` inputs; every position is a sample."""
+    """``(…, in1_features)`` and ``(…, in2_features)`` inputs; N is the first dimension."""
 
     def parts(self, module: nn.Module) -> Sequence[Part]:
         bilinear = cast(nn.Bilinear, module)
@@ -27,7 +27,7 @@ class BilinearAdapter(ModuleAdapter):
     def read(self, module: nn.Module, kept: tuple[Any, ...]) -> Sequence[Samples | None]:
         first, second = (x.reshape(-1, x.shape[-1]) for x in kept)
         values = (first.unsqueeze(2) * second.unsqueeze(1)).flatten(1)
-        return (Samples(values, values.shape[0]),)
+        return (Samples(values, kept[0].shape[0] if kept[0].dim() > 1 else 1),)
 
 
 register_layer(nn.Bilinear, BilinearAdapter())

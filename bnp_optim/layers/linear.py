@@ -1,4 +1,9 @@
-"""``nn.Linear``, and transformers' ``Conv1D``, which is one: every position of an N-d input is a sample."""
+"""``nn.Linear``, and transformers' ``Conv1D``, which is one.
+
+Statistics see every position of an N-d input. ``N`` counts its first dimension only, as it counts the images of a
+convolution and the sequences of a recurrent layer: positions of a sequence are not independent samples, and the
+gradient's scale does not fall with their number (docs/ablations.md).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +16,7 @@ from bnp_optim.layers.registry import register_by_name, register_layer
 
 
 class LinearAdapter(LayerAdapter):
-    """``(…, in_features)`` inputs; an unbatched input is one sample."""
+    """``(N, …, in_features)`` inputs; an unbatched input is one sample."""
 
     def rows(self, module: nn.Module) -> Rows:
         weight = cast(Tensor, module.weight)
@@ -19,7 +24,7 @@ class LinearAdapter(LayerAdapter):
 
     def samples(self, module: nn.Module, input: Tensor) -> Samples:
         values = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
-        return Samples(values, values.shape[0])
+        return Samples(values, input.shape[0] if input.dim() > 1 else 1)
 
     def matrix(self, rows: Rows, weight: Tensor) -> Tensor:
         return weight

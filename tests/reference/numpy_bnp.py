@@ -203,11 +203,12 @@ class ReferenceBNP:
     def observe(self, x: ArrayLike, samples: int | None = None) -> None:
         """Add one micro-batch of the layer's raw input to the samples of the pending step.
 
-        `samples` is what it adds to N, if not the size of the first dimension.
+        `samples` is what it adds to N, if not the size of the first dimension (1 without a batch).
         """
         layer = self.layer
         a = np.array(x, dtype=np.float64)
         if layer.kind == "linear":
+            first = 1 if a.ndim == 1 else a.shape[0]
             assert a.shape[-1] == layer.channels
             a = a.reshape(-1, layer.channels)
             observations = a
@@ -215,10 +216,11 @@ class ReferenceBNP:
             if a.ndim == 1 + len(layer.kernel):
                 a = a[np.newaxis]
             assert a.ndim == 2 + len(layer.kernel) and a.shape[1] == layer.channels
+            first = a.shape[0]
             # statistics see every position of the input itself, not of the padded input
             observations = np.moveaxis(a, 1, -1).reshape(-1, layer.channels)
         self._observations.append(observations)
-        self._samples += a.shape[0] if samples is None else samples
+        self._samples += first if samples is None else samples
         if layer.kind == "transposed":
             self._occupancy = layer.occupancy(a.shape[2:])
 
