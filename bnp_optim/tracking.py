@@ -188,6 +188,11 @@ class Tracker:
             batches, counts = share(self._shelves, batches, on_host=self._reads, error=error)
         if not any(m is not None for batch in batches for m in batch):
             return
+        if len(self.ready) < len(self.layers):
+            # as late as this: DistributedDataParallel, built after the optimizer, hands out the first rank's
+            for place in self._places.values():
+                if place.layer not in self.ready:
+                    place.bank.set_units(place.row, units_of(place.layer))
         banks = [shelf[0].bank for shelf in self._shelves]
         finite = [bank.propose(batch, n) for bank, batch, n in zip(banks, batches, counts, strict=True)]
         for shelf, bank, batch in zip(self._shelves, banks, batches, strict=True):
@@ -277,8 +282,6 @@ class Tracker:
                     squared=self._squared,
                     on_host=self._reads,
                 )
-                for row, i in enumerate(numbers):
-                    bank.set_units(row, units_of(self.layers[i]))
                 self._shelves.append(
                     [
                         Place(self.layers[i], intakes[i], bank, row, *home_of(self.layers[i].weight))

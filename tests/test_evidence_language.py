@@ -229,7 +229,7 @@ def test_methods_learn_to_repeat(name: str, toy: str) -> None:
     """Each file repeats two letters; those of validation were never seen, so that the training text is asked."""
     found = standard_library()
     found = found._replace(validation=found.train)
-    rate = {"momentum": 0.1, "BNP-momentum": 0.03}.get(name, 0.01)
+    rate = {"momentum": 0.1, "BNP-momentum": 0.3, "BNP-AdamW": 0.03}.get(name, 0.01)
     result = train(run(name, toy, rate, steps=80), found)
     assert result["loss"] < 0.8 and not result["diverged"], result["loss"]
     assert [n for n, _ in result["curve"]][-1] == 80
