@@ -150,9 +150,8 @@ def check_form(loaded: Loaded, form: str, *, chosen: bool, adaptive: bool) -> No
     saved = loaded.form
     if loaded.version == 1 and not chosen and not adaptive:
         saved = "gradient"
-    moments = any(
-        isinstance(v, Tensor) and v.dim() for entries in loaded.base["state"].values() for v in entries.values()
-    )
+    entries = [e for e in loaded.base["state"].values() if isinstance(e, dict)]
+    moments = any(isinstance(v, Tensor) and v.dim() for e in entries for v in e.values())
     if saved not in (None, form) and moments:
         raise ValueError(
             f"state_dict was saved in the form {saved!r}, and this optimizer has {form!r}: the base's moments in it "
