@@ -119,7 +119,8 @@ def built(seed: int = 0, dtype: torch.dtype = torch.float64) -> Everything:
 
 OPTIMIZERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "SGD": (lambda p: torch.optim.SGD(p, lr=0.001, momentum=0.9), {"mode": "gradient"}),
-    "AdamW": (lambda p: torch.optim.AdamW(p, lr=0.01), {}),
+    # entries whose gradient is nearly zero turn rounding into steps of Adam: a small rate keeps them small
+    "AdamW": (lambda p: torch.optim.AdamW(p, lr=0.003), {}),
     "two-sided momentum": (
         lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9, weight_decay=0.01),
         {"mode": "two_sided"},
