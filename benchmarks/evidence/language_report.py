@@ -15,7 +15,7 @@ from benchmarks.evidence.language_figure import language_figure
 from benchmarks.evidence.language_plan import FULL, SCHEDULE, LanguageScope, Results, cells_of
 from benchmarks.evidence.language_times import mean_curve, steps_to, times_path
 from benchmarks.evidence.runner import Cache
-from benchmarks.evidence.tables import Cell, lifts
+from benchmarks.evidence.tables import Cell, cell_text, lifts
 from benchmarks.evidence.times import load_times
 from benchmarks.report import dot, made_with, mean_and_error
 
@@ -123,13 +123,7 @@ def _losses(scope: LanguageScope, cells: Cells) -> Iterable[str]:
         cell = cells.get((name, b, SCHEDULE))
         if cell is None:
             return "not run"
-        mean, error = mean_and_error(list(cell.accuracies.values()) or [cell.tuning])
-        found = f"**{dot(mean)}**" if cell.mean == best[b] else dot(mean)
-        if len(cell.accuracies) > 1:
-            found += f" ± {dot(error)}"
-        if set(cell.accuracies) != set(scope.seeds):
-            found += f", {len(cell.accuracies) or 'only the tuning'} seed{'s' * (len(cell.accuracies) > 1)}"
-        return f"{found} ({cell.rate:g}{'*' if cell.at_edge else ''})"
+        return cell_text(cell, scope.seeds, best=best[b])
 
     def rank(name: str) -> float:
         return fmean(c.mean for (n, _, _), c in cells.items() if n == name)

@@ -21,6 +21,7 @@ from torch import nn
 from benchmarks.evidence.contenders import Contender
 from benchmarks.evidence.streams import Inputs, Stream, load
 from benchmarks.workloads import mlp
+from bnp_optim import fold_normalization
 
 PROTOCOL = 2
 BLOCKS = 50  # of which the mean error is kept
@@ -90,8 +91,6 @@ def _learn(run: StreamRun, model: nn.Module, x: torch.Tensor, stream: Stream) ->
 
     for i in range(len(x)):
         if i == run.fold and optimizer is None:
-            from bnp_optim import fold_normalization
-
             fold_normalization(model, x[:i])
             optimizer = run.contender.make(model, run.learning_rate)
             for j in range(i):

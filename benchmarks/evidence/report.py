@@ -12,10 +12,10 @@ from benchmarks.evidence.contenders import ADAPTIVE_RATES, CONTENDERS, NOTES, SG
 from benchmarks.evidence.figures import convergence_figure
 from benchmarks.evidence.plan import Preset, Results, Scope, impossible
 from benchmarks.evidence.runner import Cache
-from benchmarks.evidence.tables import Cell, Lift, cells_of, lifts, one_rates
+from benchmarks.evidence.tables import Cell, Lift, cell_text, cells_of, lifts, one_rates
 from benchmarks.evidence.tasks import TASKS
 from benchmarks.evidence.times import TARGETS, load_times, samples_to
-from benchmarks.report import dot, made_with, mean_and_error
+from benchmarks.report import dot, made_with
 
 Cells = dict[tuple[str, int, str], Cell]
 
@@ -90,14 +90,7 @@ def _accuracies(scope: Scope, cells: Cells, schedule: str) -> Iterable[str]:
         cell = cells.get((name, b, schedule))
         if cell is None:
             return "impossible" if impossible(CONTENDERS[name], b) else "not run"
-        mean, error = mean_and_error(list(cell.accuracies.values()) or [cell.tuning])
-        found = dot(mean)
-        found = f"**{found}**" if cell.mean == best[b] else found
-        if len(cell.accuracies) > 1:
-            found += f" ± {dot(error)}"
-        if set(cell.accuracies) != set(scope.seeds):
-            found += f", {len(cell.accuracies) or 'only the tuning'} seed{'s' * (len(cell.accuracies) > 1)}"
-        return f"{found} ({cell.rate:g}{'*' if cell.at_edge else ''})"
+        return cell_text(cell, scope.seeds, best=best[b])
 
     def rank(name: str) -> float:
         own = [cells[name, b, schedule].mean for b in batch_sizes if (name, b, schedule) in cells]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from statistics import fmean
 
 from benchmarks.evidence.contenders import CONTENDERS, Contender
 from benchmarks.evidence.plan import TUNING_SEED, Results, Scope, choose
-from benchmarks.report import mean_and_error
+from benchmarks.report import dot, mean_and_error
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,17 @@ class Cell:
     def mean(self) -> float:
         """Of the reporting seeds; of the tuning seed where there are none."""
         return fmean(self.accuracies.values()) if self.accuracies else self.tuning
+
+
+def cell_text(cell: Cell, seeds: Collection[int], *, best: float) -> str:
+    """The cell as tables show it: bold if it is the ``best``, and how many of the reporting ``seeds`` are missing."""
+    mean, error = mean_and_error(list(cell.accuracies.values()) or [cell.tuning])
+    found = f"**{dot(mean)}**" if cell.mean == best else dot(mean)
+    if len(cell.accuracies) > 1:
+        found += f" ± {dot(error)}"
+    if set(cell.accuracies) != set(seeds):
+        found += f", {len(cell.accuracies) or 'only the tuning'} seed{'s' * (len(cell.accuracies) > 1)}"
+    return f"{found} ({cell.rate:g}{'*' if cell.at_edge else ''})"
 
 
 def cells_of(scope: Scope, results: Results) -> dict[tuple[str, int, str], Cell]:
