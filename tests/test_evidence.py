@@ -36,7 +36,9 @@ def split() -> Split:
     return Split(x, y, x[:100], y[:100])
 
 
-TOY = Task("toy", "toy", lambda _: split(), lambda norm: mlp((12, 10, 2), norm), {10: 400}, 100, 50, chance=0.5)
+TOY = Task(
+    "toy", "toy", lambda _: split(), lambda norm: mlp((12, 10, 2), norm), {10: 400, 20: 400}, 100, 50, chance=0.5
+)
 
 
 @pytest.fixture(autouse=True)
@@ -244,7 +246,7 @@ def test_rates_are_chosen_on_the_tuning_seed_and_lifts_are_paired() -> None:
     (lift,) = lifts(cells)
     assert lift.at_best == (pytest.approx(0.08), pytest.approx(0.02))  # of .06 and .10, not of the accuracies
     assert lift.over_grid == pytest.approx(0.1)
-    text = markdown(scope, _preset(), cells, _document())
+    text = markdown(scope, _preset(), results, _document())
     assert "| BNP-SGD | **.930** ± .070 (0.3) |" in text
     assert "| BNP-SGD − SGD | +.080 ± .020; +.100 |" in text
 
@@ -262,9 +264,30 @@ def test_one_rate_is_the_best_on_average() -> None:
     at_20 = {run: r for run, r in results.items() if run.batch_size == 20}
     for run, result in at_20.items():
         result["accuracy"] = {0.03: 0.78, 0.1: 0.6, 1.0: 0.79}.get(run.learning_rate, 0.1)
-    (one,) = one_rates(cells_of(scope, results))
+    (one,) = one_rates(scope, results, cells_of(scope, results))
     assert one.rate == 0.03  # .70 and .78; at .1 .80 and .60, at 1.0 .50 and .79
-    assert one.losses == {10: pytest.approx(0.1), 20: pytest.approx(0.01)}
+    assert one.losses == {10: pytest.approx(0.1), 20: pytest.approx(0.01)} and one.reported == {}
+
+
+def test_what_the_one_rate_costs_is_reported_on_other_seeds() -> None:
+    scope = Scope(
+        "toy", {10: 400, 20: 400}, ("SGD", "AdamW"), ("constant",), (1, 2), whole_grid=False, untuned=("SGD",)
+    )
+    results = {run: {"accuracy": 0.1, "curve": []} for run in scope.tuning()}
+    for (rate, batch_size), accuracy in {(0.03, 10): 0.7, (0.1, 10): 0.8, (0.03, 20): 0.8, (0.1, 20): 0.6}.items():
+        results[scope.run(CONTENDERS["SGD"], batch_size, "constant", rate, 0)]["accuracy"] = accuracy
+    extra = scope.at_one_rate(results)
+    assert [(r.learning_rate, r.batch_size, r.seed) for r in extra] == [(0.03, 10, 1), (0.03, 10, 2)]
+    for run in scope.reporting(results):
+        results[run] = {"accuracy": 0.75, "curve": []}
+    for run in extra:
+        results[run] = {"accuracy": {1: 0.70, 2: 0.78}[run.seed], "curve": []}
+    one, other = one_rates(scope, results, cells_of(scope, results))
+    assert (one.contender, one.rate, one.losses) == ("SGD", 0.03, {10: pytest.approx(0.1), 20: 0.0})
+    assert one.reported == {10: (pytest.approx(0.01), pytest.approx(0.04))}  # of .05 and -.03
+    assert other.contender == "AdamW" and other.reported == {}
+    text = markdown(scope, _preset(), results, _document())
+    assert "| SGD | 0.03 | .100; +.010 ± .040 | .000 |" in text
 
 
 def test_quick_has_every_method_over_its_whole_grid_and_is_published() -> None:

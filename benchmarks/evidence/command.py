@@ -42,4 +42,7 @@ def main(args: argparse.Namespace) -> None:
             label = f"{scope.task}, {schedule}"
             found = run_all(part.tuning(), cache, args.data_dir, label=f"{label}, tuning", **options)
             run_all(part.reporting(found), cache, args.data_dir, label=f"{label}, reporting", **options)
+            whole = scope.only(args.methods, None, (schedule,))  # the one rate is that of all batch sizes
+            runs = [r for r in whole.at_one_rate(cache.found(whole.tuning())) if r.batch_size in part.samples]
+            run_all(runs, cache, args.data_dir, label=f"{label}, at one rate", **options)
         print(write(scope, preset, cache, args.output))

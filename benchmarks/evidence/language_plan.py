@@ -101,6 +101,9 @@ SMALL, LARGE = Net(3, 96, 64), Net(6, 256, 128)
 FULL = {16: 2_000, 1: 8_000}
 PRESETS = {
     "full": (LanguageScope(SMALL, FULL), LanguageScope(LARGE, FULL)),
-    "short": (LanguageScope(SMALL, {16: 300, 1: 500}, slow_seeds=(1, 2), suffix="_short"),),
+    "short": (
+        LanguageScope(SMALL, {16: 300, 1: 500}, suffix="_short"),
+        LanguageScope(LARGE, {1: 300}, ("AdamW", "BNP-AdamW", "Muon", "BNP-Muon"), suffix="_short"),
+    ),
     "quick": (LanguageScope(Net(2, 64, 32), {16: 100, 1: 200}, seeds=(1,), slow_seeds=(1,), suffix="_quick"),),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 from benchmarks.evidence.contenders import CONTENDERS, Contender
@@ -23,6 +24,7 @@ class Scope:
         seeds: The reporting seeds.
         whole_grid: Whether these run over the whole grid, or only at the rate that the tuning seed chose.
         slow: Batch sizes and schedules of the slow contenders; None: all.
+        untuned: These report at the one rate that is best for all batch sizes, too.
     """
 
     task: str
@@ -32,6 +34,7 @@ class Scope:
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     whole_grid: bool = True
     slow: tuple[tuple[int, str], ...] | None = None
+    untuned: tuple[str, ...] = ()
 
     def cells(self) -> Iterator[tuple[Contender, int, str]]:
         """(contender, batch size, schedule), the quick contenders of a batch size first."""
@@ -58,6 +61,16 @@ class Scope:
                 if chosen is not None:
                     rates = c.rates if self.whole_grid else (chosen,)
                     runs += [self.run(c, b, s, rate, seed) for rate in rates]
+        return runs
+
+    def at_one_rate(self, results: Results) -> list[Run]:
+        """Of the reporting seeds, at each untuned contender's one rate for all batch sizes, where it is not chosen."""
+        runs = []
+        for seed in self.seeds:
+            for c, b, s in self.cells():
+                rate = one_rate(self, c, s, results) if c.name in self.untuned else None
+                if rate is not None and choose(self, c, b, s, results) not in (None, rate):
+                    runs.append(self.run(c, b, s, rate, seed))
         return runs
 
     def everything(self) -> list[Run]:
@@ -93,6 +106,18 @@ def choose(scope: Scope, c: Contender, batch_size: int, schedule: str, results: 
     return max(zip(c.rates, found, strict=True), key=lambda pair: (pair[1]["accuracy"], -pair[0]))[0]
 
 
+def one_rate(scope: Scope, c: Contender, schedule: str, results: Results) -> float | None:
+    """The rate that is best on average over the batch sizes, on the tuning seed; None with less than two of them."""
+    grids = []
+    for size in scope.samples:
+        runs = [scope.run(c, size, schedule, rate, TUNING_SEED) for rate in c.rates]
+        if all(run in results for run in runs):
+            grids.append([results[run]["accuracy"] for run in runs])
+    if len(grids) < 2:
+        return None
+    return max(zip(c.rates, zip(*grids, strict=True), strict=True), key=lambda pair: fmean(pair[1]))[0]
+
+
 @dataclass(frozen=True)
 class Preset:
     """Scopes under a name; results of presets share the cache where they share runs."""
@@ -104,14 +129,19 @@ class Preset:
 
 SHORT = {
     "fashion": {1: 5_000, 4: 8_000, 16: 12_800, 64: 32_000, 256: 51_200},
+    "mnist": {1: 5_000, 16: 12_800, 64: 32_000},
+    "resnet": {1: 2_000, 16: 6_400, 64: 6_400},
     "cifar": {1: 2_000, 16: 6_400, 64: 8_192, 256: 12_800},
     "digits": {1: 2_600, 4: 5_200, 16: 13_000, 64: 13_000, 256: 13_000},
     "sequential": {1: 3_000, 16: 12_800, 64: 25_600},
 }
 QUICK = {1: 1_300, 16: 2_600}  # of the digits
-_SLOW = (*((batch_size, "constant") for batch_size in (64, 16, 256, 1)), (16, "linear"))
+_SLOW = (*((batch_size, "constant") for batch_size in (64, 16, 256, 4, 1)), (16, "linear"))
 _MAIN = tuple(name for name in CONTENDERS if name != "Shampoo")
 _LEAN = tuple(name for name in _MAIN if name not in ("LN + SGD", "ON + SGD", "ON + AdamW", "K-FAC"))
+_WRAPPED = tuple(name for name, c in CONTENDERS.items() if c.bnp is not None and "," not in name)
+_BASES = tuple(name for name, c in CONTENDERS.items() if c.base in ("sgd", "momentum", "adamw", "muon"))
+_CORE = tuple(name for name in _BASES if CONTENDERS[name].norm in ("none", "bn") and "," not in name)
 # singd's K-FAC trains Linear and Conv2d, and would leave an LSTM as it is
 _RECURRENT = tuple(name for name, c in CONTENDERS.items() if c.norm in ("none", "ln") and name != "K-FAC")
 PRESETS = {
@@ -127,8 +157,10 @@ PRESETS = {
         Preset(
             "short",
             (
-                Scope("fashion", SHORT["fashion"], _MAIN, whole_grid=False, slow=_SLOW),
+                Scope("fashion", SHORT["fashion"], _MAIN, whole_grid=False, slow=_SLOW, untuned=_WRAPPED),
                 Scope("cifar", SHORT["cifar"], _LEAN, whole_grid=False),
+                Scope("resnet", SHORT["resnet"], _CORE, whole_grid=False),
+                Scope("mnist", SHORT["mnist"], _LEAN, whole_grid=False, slow=_SLOW),
                 Scope("digits", SHORT["digits"], whole_grid=False, slow=_SLOW),
                 Scope(
                     "sequential", SHORT["sequential"], _RECURRENT, seeds=(1, 2, 3), whole_grid=False,

@@ -68,6 +68,14 @@ def _samples_of_convolutions() -> dict[str, Contender]:
     return found | {f"{TWO_SIDED}, spectral": bnp(f"{TWO_SIDED}, spectral", step_scale="spectral", **two_sided)}
 
 
+def _scales_around_fixed_steps() -> dict[str, Contender]:
+    """Bases whose step has the same size whatever the gradient's: there 1/q is a rate of each layer's own."""
+    found = {n: CONTENDERS[n] for n in ("Muon",)}
+    for scale in SCALES:
+        found[f"BNP-Muon, {scale}"] = bnp(f"BNP-Muon, {scale}", "muon", step_scale=scale)
+    return found
+
+
 LEFT_OUT = ("without the first", "without the last", "without both", "first only")
 SHIFTS: tuple[tuple[str, Inputs], ...] = (
     ("ImageSegments, shift", "raw"), ("ImageSegments, shift", "scaled"), ("Agrawal, drift", "scaled"),
@@ -81,6 +89,13 @@ QUESTIONS: dict[str, Question | StreamQuestion] = {
             "Which q²?",
             {**{n: CONTENDERS[n] for n in ("SGD", "momentum", "AdamW")}, **_scales()},
             {"fashion": _part("fashion", 256, 16, 1), "cifar": _part("cifar", 256, 16, 1)},
+        ),
+        Question(
+            "step_scale_muon",
+            "Which q² around a base whose step has one size?",
+            _scales_around_fixed_steps(),
+            {"fashion": _part("fashion", 64, 16, 4, 1), "cifar": _part("cifar", 64, 16)},
+            _against("trace", [str(s) for s in SCALES if s != "trace"], ["BNP-Muon"]),
         ),
         Question(
             "conv_samples",

@@ -12,7 +12,7 @@ from benchmarks.evidence.contenders import ADAPTIVE_RATES, CONTENDERS, NOTES, SG
 from benchmarks.evidence.figures import convergence_figure
 from benchmarks.evidence.plan import Preset, Results, Scope, impossible
 from benchmarks.evidence.runner import Cache
-from benchmarks.evidence.tables import Cell, Lift, cell_text, cells_of, lifts, one_rates
+from benchmarks.evidence.tables import Cell, Lift, OneRate, cell_text, cells_of, lifts, one_rates
 from benchmarks.evidence.tasks import TASKS
 from benchmarks.evidence.times import TARGETS, load_times, samples_to
 from benchmarks.report import dot, made_with
@@ -23,7 +23,7 @@ Cells = dict[tuple[str, int, str], Cell]
 def write(scope: Scope, preset: Preset, cache: Cache, output: Path) -> str:
     """Write JSON, Markdown and PNG of ``scope``; returns the Markdown."""
     results = cache.found(scope.tuning())
-    results |= cache.found(scope.reporting(results))
+    results |= cache.found(scope.reporting(results)) | cache.found(scope.at_one_rate(results))
     if not results:
         return f"{scope.task}: nothing yet"
     cells = cells_of(scope, results)
@@ -42,15 +42,17 @@ def write(scope: Scope, preset: Preset, cache: Cache, output: Path) -> str:
     }
     stem = f"convergence_{scope.task}_{preset.name}"
     times = load_times(output / f"convergence_{scope.task}_times.json")
-    text = markdown(scope, preset, cells, document) + "\n".join(_times(scope, cells, results, times))
+    text = markdown(scope, preset, results, document) + "\n".join(_times(scope, cells, results, times))
     (output / f"{stem}.json").write_text(compact(document) + "\n")
     (output / f"{stem}.md").write_text(text)
     convergence_figure(scope, cells, results, output / f"{stem}.png")
     return text
 
 
-def markdown(scope: Scope, preset: Preset, cells: Cells, document: Mapping[str, Any]) -> str:
+def markdown(scope: Scope, preset: Preset, results: Results, document: Mapping[str, Any]) -> str:
     """The tables, with how they were had."""
+    cells = cells_of(scope, results)
+    rates = list(one_rates(scope, results, cells))
     task = TASKS[scope.task]
     full = ", ".join(f"{task.samples[b]:,} at {b}" for b, n in scope.samples.items() if n != task.samples[b])
     lines = [
@@ -68,8 +70,9 @@ def markdown(scope: Scope, preset: Preset, cells: Cells, document: Mapping[str, 
         title = "Constant rate" if schedule == "constant" else "Linear decay to zero"
         lines += [f"## {title}", "", *_accuracies(scope, cells, schedule), ""]
         lines += ["What wrapping changes, paired by seed:", "", *_lifts(cells, schedule), ""]
-        lines += ["One rate for all batch sizes (the best on average, on seed 0), and what it costs:", ""]
-        lines += [*_one_rates(scope, cells, schedule), ""]
+        lines += ["One rate for all batch sizes (the best on average, on seed 0), and what it costs there; then the"]
+        lines += ["reporting seeds, where they ran at both rates:", ""]
+        lines += [*_one_rates(scope, [x for x in rates if x.schedule == schedule]), ""]
         lines += ["All rates, seed 0:", "", *_grids(scope, cells, schedule, SGD_RATES), ""]
         lines += [*_grids(scope, cells, schedule, ADAPTIVE_RATES), ""]
     notes = "; ".join(f"{name}: {text}" for name, text in NOTES.items())
@@ -122,12 +125,15 @@ def _lifts(cells: Cells, schedule: str) -> Iterable[str]:
     yield "Grid: mean over all rates, seed 0."
 
 
-def _one_rates(scope: Scope, cells: Cells, schedule: str) -> Iterable[str]:
+def _one_rates(scope: Scope, rates: Iterable[OneRate]) -> Iterable[str]:
     batch_sizes = sorted(scope.samples)
     yield "| method | rate | " + " | ".join(f"lost at {b}" for b in batch_sizes) + " |"
     yield "| --- | --- |" + " --- |" * len(batch_sizes)
-    for x in sorted((x for x in one_rates(cells) if x.schedule == schedule), key=lambda x: max(x.losses.values())):
+    for x in sorted(rates, key=lambda x: max(x.losses.values())):
         losses = [dot(x.losses[b]) if b in x.losses else "–" for b in batch_sizes]
+        for i, b in enumerate(batch_sizes):
+            if b in x.reported:
+                losses[i] += f"; {dot(x.reported[b][0], 3, '+')} ± {dot(x.reported[b][1])}"
         yield f"| {x.contender} | {x.rate:g} | " + " | ".join(losses) + " |"
 
 

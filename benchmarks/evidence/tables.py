@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from statistics import fmean
 
 from benchmarks.evidence.contenders import CONTENDERS, Contender
-from benchmarks.evidence.plan import TUNING_SEED, Results, Scope, choose
+from benchmarks.evidence.plan import TUNING_SEED, Results, Scope, choose, one_rate
 from benchmarks.report import dot, mean_and_error
 
 
@@ -20,6 +20,7 @@ class Cell:
         tuning: Accuracy there, of the tuning seed.
         accuracies: By reporting seed.
         grid: Accuracy by rate, of the tuning seed.
+        elsewhere: Accuracies at other rates, by rate and reporting seed.
     """
 
     contender: str
@@ -29,6 +30,7 @@ class Cell:
     tuning: float
     accuracies: dict[int, float]
     grid: dict[float, float]
+    elsewhere: Mapping[float, Mapping[int, float]] = field(default_factory=dict)
 
     @property
     def at_edge(self) -> bool:
@@ -67,8 +69,11 @@ def cells_of(scope: Scope, results: Results) -> dict[tuple[str, int, str], Cell]
             return None if result is None else float(result["accuracy"])
 
         grid = {r: a for r in c.rates if (a := accuracy(r, TUNING_SEED)) is not None}
-        reported = {s: a for s in scope.seeds if (a := accuracy(rate, s)) is not None}
-        found[c.name, batch_size, schedule] = Cell(c.name, batch_size, schedule, rate, grid[rate], reported, grid)
+        reported = {r: {s: a for s in scope.seeds if (a := accuracy(r, s)) is not None} for r in c.rates}
+        chosen = reported.pop(rate)
+        found[c.name, batch_size, schedule] = Cell(
+            c.name, batch_size, schedule, rate, grid[rate], chosen, grid, reported
+        )
     return found
 
 
@@ -113,19 +118,27 @@ class OneRate:
     Args:
         rate: With the best mean accuracy over the batch sizes, on the tuning seed.
         losses: By batch size: accuracy at the best rate there minus accuracy at ``rate``, on the tuning seed.
+        reported: The same, mean and standard error over the reporting seeds, where there are two at both rates.
     """
 
     contender: str
     schedule: str
     rate: float
     losses: dict[int, float]
+    reported: dict[int, tuple[float, float]]
 
 
-def one_rates(cells: dict[tuple[str, int, str], Cell]) -> Iterator[OneRate]:
+def one_rates(scope: Scope, results: Results, cells: dict[tuple[str, int, str], Cell]) -> Iterator[OneRate]:
     """For contenders that have at least two batch sizes."""
     for name, schedule in dict.fromkeys((n, s) for n, _, s in cells):
         own = {b: cell for (n, b, s), cell in cells.items() if (n, s) == (name, schedule)}
-        if len(own) > 1:
-            rate = max(CONTENDERS[name].rates, key=lambda r: fmean(cell.grid[r] for cell in own.values()))
-            losses = {b: cell.tuning - cell.grid[rate] for b, cell in own.items()}
-            yield OneRate(name, schedule, rate, losses)
+        rate = one_rate(scope, CONTENDERS[name], schedule, results)
+        if rate is None:
+            continue
+        losses = {b: cell.tuning - cell.grid[rate] for b, cell in own.items()}
+        reported = {}
+        for b, cell in own.items():
+            there = cell.elsewhere.get(rate, {})
+            if len(seeds := sorted(set(cell.accuracies) & set(there))) > 1:
+                reported[b] = mean_and_error([cell.accuracies[seed] - there[seed] for seed in seeds])
+        yield OneRate(name, schedule, rate, losses, reported)
