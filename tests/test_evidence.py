@@ -16,9 +16,9 @@ pytest.importorskip("tqdm", reason="the benchmarks show progress")
 from benchmarks import convergence
 from benchmarks.data import Split
 from benchmarks.evidence import contenders, engine, times
-from benchmarks.evidence.contenders import CONTENDERS, CovarianceRate, bnp, fingerprint
+from benchmarks.evidence.contenders import CONTENDERS, Contender, CovarianceRate, bnp, fingerprint, started
 from benchmarks.evidence.engine import Run, train
-from benchmarks.evidence.plan import PRESETS, Preset, Scope, choose
+from benchmarks.evidence.plan import PRESETS, UNFOLDED, Preset, Scope, choose
 from benchmarks.evidence.report import markdown
 from benchmarks.evidence.runner import Cache, published, run_all
 from benchmarks.evidence.tables import cells_of, lifts, one_rates
@@ -104,7 +104,7 @@ def test_a_method_that_cannot_go_on_has_diverged(monkeypatch: pytest.MonkeyPatch
 
 
 def test_several_passes_see_every_sample_equally_often() -> None:
-    seen = torch.cat(list(engine._order(toy(samples=400), 200)))
+    seen = engine._order(toy(samples=400), 200)
     assert torch.bincount(seen, minlength=200).tolist() == [2] * 200
     assert sorted(seen[:200].tolist()) == list(range(200))
 
@@ -235,6 +235,35 @@ def made_up(scope: Scope) -> dict[Run, dict[str, Any]]:
     return results
 
 
+def test_a_folded_net_starts_from_the_first_inputs_of_its_run_normalized(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "FOLD", 30)
+    nets = {}
+
+    def kept(model: torch.nn.Module, contender: Contender, inputs: Any) -> torch.nn.Module:
+        nets[contender.name] = [p.detach().clone() for p in started(model, contender, inputs).parameters()]
+        return model
+
+    monkeypatch.setattr(engine, "started", kept)
+    data = split()
+    for name in ("AdamW", "AdamW, folded", "BNP-AdamW, folded"):
+        train(toy(name, seed=3), data)
+    order = torch.randperm(len(data.train_x), generator=torch.Generator().manual_seed(3))
+    variance, mean = torch.var_mean(data.train_x[order[:30]], 0, unbiased=False)
+    weight, bias = nets["AdamW"][:2]
+    expected = weight / (variance + 1e-4).sqrt()
+    torch.testing.assert_close(nets["AdamW, folded"][0], expected)
+    torch.testing.assert_close(nets["AdamW, folded"][1], bias - expected @ mean)
+    for mine, theirs in zip(nets["AdamW, folded"], nets["BNP-AdamW, folded"], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
+def test_bnp_on_a_folded_net_is_compared_with_its_base_on_a_folded_net() -> None:
+    names = ("AdamW", "AdamW, folded", "BNP-AdamW", "BNP-AdamW, folded")
+    scope = Scope("toy", {10: 400}, names, ("constant",), ())
+    pairs = [(x.contender, x.base) for x in lifts(cells_of(scope, made_up(scope)))]
+    assert pairs == [("BNP-AdamW", "AdamW"), ("BNP-AdamW, folded", "AdamW, folded")]
+
+
 def test_rates_are_chosen_on_the_tuning_seed_and_lifts_are_paired() -> None:
     scope = Scope("toy", {10: 400}, ("SGD", "BNP-SGD"), ("constant",), (1, 2), whole_grid=False)
     results = made_up(scope)
@@ -293,9 +322,9 @@ def test_what_the_one_rate_costs_is_reported_on_other_seeds() -> None:
 def test_quick_has_every_method_over_its_whole_grid_and_is_published() -> None:
     (scope,) = PRESETS["quick"].scopes
     cells = {(c.name, b) for c, b, _ in scope.cells()}
-    slow = {name for name, c in CONTENDERS.items() if c.slow}
+    slow = {name for name in UNFOLDED if CONTENDERS[name].slow}
     assert slow == {"SOAP", "BNP-SOAP", "K-FAC", "Shampoo"}
-    assert cells == {(n, b) for n in CONTENDERS for b in (1, 16)} - {(n, 1) for n in (*slow, "BN + SGD", "BN + AdamW")}
+    assert cells == {(n, b) for n in UNFOLDED for b in (1, 16)} - {(n, 1) for n in (*slow, "BN + SGD", "BN + AdamW")}
     document = json.loads((RESULTS / "convergence_digits_quick.json").read_text())
     made = {json.dumps({k: v for k, v in run.items() if k not in ("key", "result")}) for run in document["runs"]}
     assert {json.dumps(run.describe()) for run in scope.tuning()} <= made
@@ -306,7 +335,7 @@ def test_quick_has_every_method_over_its_whole_grid_and_is_published() -> None:
 def test_recurrent_nets_are_the_same_for_all_and_muon_takes_their_matrices() -> None:
     (scope,) = [s for s in PRESETS["short"].scopes if s.task == "sequential"]
     assert {CONTENDERS[n].norm for n in scope.contenders} == {"none", "ln"}
-    assert set(CONTENDERS) - set(scope.contenders) == {
+    assert set(UNFOLDED) - set(scope.contenders) == {
         "BN + SGD", "BN + AdamW", "GN + AdamW", "ON + SGD", "ON + AdamW", "K-FAC",
     }  # fmt: skip
     x = torch.rand(3, 784, generator=torch.Generator().manual_seed(0))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from benchmarks.evidence.muon import CPUMuon
-from benchmarks.evidence.variants import VARIANTS
+from benchmarks.evidence.variants import FOLD, VARIANTS
 from benchmarks.workloads import Norm, mlp, norm2d
 from bnp_optim import BNPreconditioner, CombinedOptimizer
 
@@ -26,6 +26,7 @@ SGD_RATES = (1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 ADAPTIVE_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1)
 _DEFAULTS = {name: p.default for name, p in inspect.signature(BNPreconditioner).parameters.items()}
 _IMPLIED = {"sgd": "gradient", "momentum": "gradient"}  # the form that keys and published results leave out
+_PLAIN = {"SGD": "sgd", "momentum": "momentum", "AdamW": "adamw", "Muon": "muon"}
 _SGD_LIKE = ("sgd", "momentum", "kfac, no momentum", "shampoo")
 
 
@@ -37,7 +38,7 @@ class Contender:
         base: A key of BASES.
         norm: In the net, after every hidden layer.
         bnp: Options of BNPreconditioner around the base; None: no BNP.
-        variant: Of BNP, beyond its options: a key of VARIANTS.
+        variant: Beyond the base, the norm and BNP's options: a key of VARIANTS.
         slow: So slow that reports may have fewer of its cells.
     """
 
@@ -171,6 +172,12 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of these packages; with the version th
     "shampoo": {"preconditioning_compute_steps": 10},
 }  # fmt: skip
 
+_FOLDABLE = (
+    *(Contender(name, base) for name, base in _PLAIN.items()),
+    *(bnp(f"BNP-{name}", base) for name, base in _PLAIN.items()),
+    Contender("SOAP", "soap", slow=True),
+    replace(bnp("BNP-SOAP", "soap, no decay"), slow=True),
+)
 CONTENDERS: dict[str, Contender] = {
     c.name: c
     for c in (
@@ -195,6 +202,7 @@ CONTENDERS: dict[str, Contender] = {
         replace(bnp("BNP-SOAP", "soap, no decay"), slow=True),
         Contender("K-FAC", "kfac, no momentum", slow=True),
         Contender("Shampoo", "shampoo", slow=True),
+        *(replace(c, name=f"{c.name}, folded", variant="folded") for c in _FOLDABLE),
     )
 }
 NOTES = {
@@ -203,6 +211,7 @@ NOTES = {
     "LN": "LayerNorm; GroupNorm(1, C) in convolutional nets; on the last output of recurrent ones",
     "ON": "Online Normalization, α_f 0.999, α_b 0.99, layer scaling",
     "Muon": "on all weights but the head's, at 10 × the rate of the AdamW on the rest",
+    "folded": f"fold_normalization on the first {FOLD} training inputs, before the first step",
     "K-FAC": "singd's SINGD (kfac_like, dense factors scaled by the batch size, T = 1, no momentum, damping .1, lr_cov "
     "rising from .01 to .1, or .01 × batch size, in 50 steps)",
     "SOAP": "pytorch_optimizer's, every 10 steps, its default",
@@ -213,6 +222,14 @@ NOTES = {
 def prepared(model: nn.Module, contender: Contender) -> nn.Module:
     """The net as the variant wants it."""
     return VARIANTS[contender.variant].prepare(model)
+
+
+def started(model: nn.Module, contender: Contender, inputs: Callable[[], Tensor]) -> nn.Module:
+    """The net with the initial weights that the variant wants; ``inputs`` gives FOLD of them, if they are needed."""
+    start = VARIANTS[contender.variant].start
+    if start is not None:
+        start(model, inputs())
+    return model
 
 
 @cache
@@ -235,6 +252,7 @@ def fingerprint(contender: Contender) -> str:
     digest = hashlib.sha256()
     for model, shape in ((dense, (7,)), (convolution, (2, 4, 4))):
         model = prepared(model.double(), contender)
+        model = started(model, contender, lambda shape=shape: torch.randn(FOLD, *shape, dtype=torch.float64))  # type: ignore[misc]
         with contender.context():
             optimizer = contender.make(model, 0.01)
             for step in range(16):

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -17,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.data import Split
-from benchmarks.evidence.contenders import Contender, prepared
+from benchmarks.evidence.contenders import Contender, prepared, started
 from benchmarks.evidence.tasks import TASKS, Task
+from benchmarks.evidence.variants import FOLD
 
 PROTOCOL = 1  # of what is below; raise it when results of before no longer compare
 CURVE_POINTS = 12
@@ -76,6 +76,8 @@ def train(run: Run, split: Split, task: Task | None = None) -> dict[str, Any]:
     task = task or TASKS[run.task]
     torch.manual_seed(run.seed)
     model = prepared(task.build(run.contender.norm), run.contender)
+    order = _order(run, len(split.train_x))
+    started(model, run.contender, lambda: task.prepare(split.train_x[order[:FOLD]]))
     stops = curve_steps(run.steps)
     curve: list[tuple[int, float]] = []
     seconds, diverged = 0.0, False
@@ -83,7 +85,7 @@ def train(run: Run, split: Split, task: Task | None = None) -> dict[str, Any]:
         optimizer = run.contender.make(model, run.learning_rate)
         rates = [group["lr"] for group in optimizer.param_groups]
         start = time.process_time()
-        for step, index in enumerate(_order(run, len(split.train_x)), start=1):
+        for step, index in enumerate(order[: run.steps * run.batch_size].split(run.batch_size), start=1):
             if run.schedule == "linear":
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * (1 - (step - 1) / run.steps)
@@ -116,11 +118,11 @@ def curve_steps(steps: int) -> set[int]:
     return {max(1, round(steps * 0.01 ** (1 - i / (CURVE_POINTS - 1)))) for i in range(CURVE_POINTS)}
 
 
-def _order(run: Run, n: int) -> Iterator[Tensor]:
+def _order(run: Run, n: int) -> Tensor:
+    """Of whole passes: at least the samples of the run."""
     generator = torch.Generator().manual_seed(run.seed)
     passes = -(-run.samples // n)
-    order = torch.cat([torch.randperm(n, generator=generator) for _ in range(passes)])
-    yield from order[: run.steps * run.batch_size].split(run.batch_size)
+    return torch.cat([torch.randperm(n, generator=generator) for _ in range(passes)])
 
 
 @torch.no_grad()

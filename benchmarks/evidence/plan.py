@@ -12,6 +12,8 @@ from benchmarks.evidence.engine import SCHEDULES, Run
 from benchmarks.evidence.tasks import TASKS
 
 TUNING_SEED = 0
+UNFOLDED = tuple(name for name, c in CONTENDERS.items() if c.variant != "folded")
+FOLDED = tuple(name for name in CONTENDERS if name not in UNFOLDED)
 Results = Mapping[Run, Mapping[str, Any]]
 
 
@@ -29,7 +31,7 @@ class Scope:
 
     task: str
     samples: Mapping[int, int]
-    contenders: tuple[str, ...] = tuple(CONTENDERS)
+    contenders: tuple[str, ...] = UNFOLDED
     schedules: tuple[str, ...] = SCHEDULES
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     whole_grid: bool = True
@@ -137,29 +139,29 @@ SHORT = {
 }
 QUICK = {1: 1_300, 16: 2_600}  # of the digits
 _SLOW = (*((batch_size, "constant") for batch_size in (64, 16, 256, 4, 1)), (16, "linear"))
-_MAIN = tuple(name for name in CONTENDERS if name != "Shampoo")
+_MAIN = tuple(name for name in UNFOLDED if name != "Shampoo")
 _LEAN = tuple(name for name in _MAIN if name not in ("LN + SGD", "ON + SGD", "ON + AdamW", "K-FAC"))
-_WRAPPED = tuple(name for name, c in CONTENDERS.items() if c.bnp is not None and "," not in name)
-_BASES = tuple(name for name, c in CONTENDERS.items() if c.base in ("sgd", "momentum", "adamw", "muon"))
-_CORE = tuple(name for name in _BASES if CONTENDERS[name].norm in ("none", "bn") and "," not in name)
-# singd's K-FAC trains Linear and Conv2d, and would leave an LSTM as it is
-_RECURRENT = tuple(name for name, c in CONTENDERS.items() if c.norm in ("none", "ln") and name != "K-FAC")
+_WRAPPED = tuple(name for name in _MAIN if CONTENDERS[name].bnp is not None and "," not in name)
+_QUICK_FOLDED = tuple(name for name in FOLDED if not CONTENDERS[name].slow)
+_CORE = tuple(n for n in _MAIN if CONTENDERS[n].norm in ("none", "bn") and "," not in n and "SOAP" not in n)
+# singd's K-FAC trains Linear and Conv2d, and would leave an LSTM as it is, as fold_normalization would
+_RECURRENT = tuple(name for name in UNFOLDED if CONTENDERS[name].norm in ("none", "ln") and name != "K-FAC")
+_FULL = {"sequential": _RECURRENT, "cifar": tuple(CONTENDERS), "resnet": tuple(CONTENDERS)}
 PRESETS = {
     p.name: p
     for p in (
         Preset(
             "full",
-            tuple(
-                Scope(task.name, task.samples, _RECURRENT if task.name == "sequential" else tuple(CONTENDERS))
-                for task in TASKS.values()
-            ),
+            tuple(Scope(task.name, task.samples, _FULL.get(task.name, UNFOLDED)) for task in TASKS.values()),
         ),
         Preset(
             "short",
             (
-                Scope("fashion", SHORT["fashion"], _MAIN, whole_grid=False, slow=_SLOW, untuned=_WRAPPED),
-                Scope("cifar", SHORT["cifar"], _LEAN, whole_grid=False),
-                Scope("resnet", SHORT["resnet"], _CORE, whole_grid=False),
+                Scope(
+                    "fashion", SHORT["fashion"], _MAIN + _QUICK_FOLDED, whole_grid=False, slow=_SLOW, untuned=_WRAPPED
+                ),
+                Scope("cifar", SHORT["cifar"], _LEAN + FOLDED, whole_grid=False),
+                Scope("resnet", SHORT["resnet"], _CORE + _QUICK_FOLDED, whole_grid=False),
                 Scope("mnist", SHORT["mnist"], _LEAN, whole_grid=False, slow=_SLOW),
                 Scope("digits", SHORT["digits"], whole_grid=False, slow=_SLOW),
                 Scope(

@@ -98,11 +98,11 @@ class Lift:
 
 def lifts(cells: dict[tuple[str, int, str], Cell]) -> Iterator[Lift]:
     """Every BNP cell whose base was measured too."""
-    plain = {(c.base, c.norm): c.name for c in CONTENDERS.values() if c.bnp is None}
+    plain = {(c.base, c.norm, c.variant): c.name for c in CONTENDERS.values() if c.bnp is None}
     for (name, batch_size, schedule), cell in cells.items():
         c = CONTENDERS[name]
         own = c.base.removesuffix(", no decay")
-        base = cells.get((plain[own, "none"], batch_size, schedule)) if c.bnp is not None else None
+        base = cells.get((plain[own, "none", c.variant], batch_size, schedule)) if c.bnp is not None else None
         if base is None:
             continue
         shared = sorted(set(cell.accuracies) & set(base.accuracies))

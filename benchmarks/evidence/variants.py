@@ -1,4 +1,4 @@
-"""What BNP could be beyond its options: in the net, in what is left out, or in how statistics are kept."""
+"""What a training could be beyond BNP's options: in the net, its start, what is left out, how statistics are kept."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from bnp_optim import fold_normalization
 from bnp_optim.bank import StatisticsBank
 from bnp_optim.layers import Samples, register_layer
 from bnp_optim.layers.conv import ConvAdapter
@@ -26,11 +27,13 @@ class Variant:
     Args:
         context: What must hold while it trains.
         prepare: The net as it wants it.
+        start: Given the net and FOLD inputs, change its initial weights; None: leave them.
         leaves_out: Of a net's layers, in the order of the net, those that are not preconditioned.
     """
 
     context: Callable[[], AbstractContextManager[None]] = nullcontext
     prepare: Callable[[nn.Module], nn.Module] = lambda model: model
+    start: Callable[[nn.Module, Tensor], Any] | None = None
     leaves_out: Callable[[Layers], Layers] = lambda layers: ()
 
     def left_out(self, model: nn.Module) -> Layers:
@@ -151,8 +154,24 @@ def restarting(standard_errors: float) -> Iterator[None]:
         yield
 
 
+FOLD = 256  # inputs that fold_normalization sees
+
+
+@torch.no_grad()
+def he_start(model: nn.Module) -> nn.Module:
+    """``model``, its convolutions initialized for the ReLU behind them (He et al., ICCV 2015, eq. 10)."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            assert module.bias is not None
+            nn.init.zeros_(module.bias)
+    return model
+
+
 VARIANTS: dict[str, Variant] = {
     "": Variant(),
+    "folded": Variant(start=fold_normalization),
+    "He": Variant(prepare=he_start),
     "positions": Variant(prepare=with_positions),
     "feature floors": Variant(feature_floors),
     "geometric floors": Variant(geometric_floors),
