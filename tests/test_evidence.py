@@ -17,7 +17,7 @@ from benchmarks import convergence
 from benchmarks.data import Split
 from benchmarks.evidence import contenders, engine, times
 from benchmarks.evidence.contenders import CONTENDERS, Contender, CovarianceRate, bnp, fingerprint, started
-from benchmarks.evidence.engine import Run, train
+from benchmarks.evidence.engine import SCHEDULES, Run, train
 from benchmarks.evidence.plan import PRESETS, UNFOLDED, Preset, Scope, choose
 from benchmarks.evidence.report import markdown
 from benchmarks.evidence.runner import Cache, published, run_all
@@ -278,6 +278,19 @@ def test_rates_are_chosen_on_the_tuning_seed_and_lifts_are_paired() -> None:
     text = markdown(scope, _preset(), results, _document())
     assert "| BNP-SGD | **.930** ± .070 (0.3) |" in text
     assert "| BNP-SGD − SGD | +.080 ± .020; +.100 |" in text
+
+
+def test_close_cells_have_more_seeds_and_all_of_them_count() -> None:
+    scope = Scope("toy", {10: 400}, ("Muon", "SGD"), SCHEDULES, (1, 2), whole_grid=False, close=((10, "linear"),))
+    results: dict[Run, Any] = {run: {"accuracy": 0.5, "curve": []} for run in scope.tuning()}
+    for run in scope.reporting(results):
+        results[run] = {"accuracy": run.seed / 100, "curve": []}
+    cells = cells_of(scope, results)
+    for (name, _, schedule), cell in cells.items():
+        more = list(range(6, 16)) if (name, schedule) == ("Muon", "linear") else []
+        assert cell.accuracies == {seed: seed / 100 for seed in (1, 2, *more)}
+    text = markdown(scope, _preset(), results, _document())
+    assert "is ahead, seeds 6 to 15 too." in text and "| Muon | **.090** ± .013, 12 seeds (0.0001*) |" in text
 
 
 def test_a_cell_without_its_whole_grid_chooses_nothing() -> None:

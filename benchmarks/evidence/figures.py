@@ -50,7 +50,7 @@ def convergence_figure(scope: Scope, cells: dict[tuple[str, int, str], Cell], re
             above.plot(list(cell.grid), list(cell.grid.values()), label=name, markersize=4, **style)
             runs = [
                 results[run]
-                for seed in (*scope.seeds, 0)
+                for seed in (*cell.accuracies, 0)
                 if (run := _run(scope, cell, seed)) in results and (seed or not cell.accuracies)
             ]
             seen = [n for n, _ in runs[0]["curve"]]

@@ -14,6 +14,7 @@ from benchmarks.evidence.tasks import TASKS
 TUNING_SEED = 0
 UNFOLDED = tuple(name for name, c in CONTENDERS.items() if c.variant != "folded")
 FOLDED = tuple(name for name in CONTENDERS if name not in UNFOLDED)
+RIVALS, MORE_SEEDS = ("Muon", "BNP-Muon", "SOAP", "BNP-SOAP"), tuple(range(6, 16))
 Results = Mapping[Run, Mapping[str, Any]]
 
 
@@ -27,6 +28,8 @@ class Scope:
         whole_grid: Whether these run over the whole grid, or only at the rate that the tuning seed chose.
         slow: Batch sizes and schedules of the slow contenders; None: all.
         untuned: These report at the one rate that is best for all batch sizes, too.
+        close: Batch sizes and schedules where the contenders in RIVALS have MORE_SEEDS too, since the reporting seeds
+            left open which of them is ahead.
     """
 
     task: str
@@ -37,6 +40,7 @@ class Scope:
     whole_grid: bool = True
     slow: tuple[tuple[int, str], ...] | None = None
     untuned: tuple[str, ...] = ()
+    close: tuple[tuple[int, str], ...] = ()
 
     def cells(self) -> Iterator[tuple[Contender, int, str]]:
         """(contender, batch size, schedule), the quick contenders of a batch size first."""
@@ -57,13 +61,18 @@ class Scope:
     def reporting(self, results: Results) -> list[Run]:
         """Seed by seed, at the rates that ``results`` of the tuning choose; cells not tuned through are left out."""
         runs = []
-        for seed in self.seeds:
+        for seed in (*self.seeds, *MORE_SEEDS):
             for c, b, s in self.cells():
                 chosen = choose(self, c, b, s, results)
-                if chosen is not None:
+                if chosen is not None and seed in self.seeds_of(c.name, b, s):
                     rates = c.rates if self.whole_grid else (chosen,)
                     runs += [self.run(c, b, s, rate, seed) for rate in rates]
         return runs
+
+    def seeds_of(self, contender: str, batch_size: int, schedule: str) -> tuple[int, ...]:
+        """The seeds that report on a cell."""
+        more = contender in RIVALS and (batch_size, schedule) in self.close
+        return (*self.seeds, *MORE_SEEDS) if more else self.seeds
 
     def at_one_rate(self, results: Results) -> list[Run]:
         """Of the reporting seeds, at each untuned contender's one rate for all batch sizes, where it is not chosen."""
@@ -158,7 +167,8 @@ PRESETS = {
             "short",
             (
                 Scope(
-                    "fashion", SHORT["fashion"], _MAIN + _QUICK_FOLDED, whole_grid=False, slow=_SLOW, untuned=_WRAPPED
+                    "fashion", SHORT["fashion"], _MAIN + _QUICK_FOLDED, whole_grid=False, slow=_SLOW, untuned=_WRAPPED,
+                    close=((16, "constant"), (4, "constant"), (16, "linear")),
                 ),
                 Scope("cifar", SHORT["cifar"], _LEAN + FOLDED, whole_grid=False),
                 Scope("resnet", SHORT["resnet"], _CORE + _QUICK_FOLDED, whole_grid=False),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from benchmarks.evidence import streams
@@ -76,6 +77,16 @@ def _scales_around_fixed_steps() -> dict[str, Contender]:
     return found
 
 
+def _starts() -> dict[str, Contender]:
+    """Batch normalization undoes what folding does, so nets that have it are not folded."""
+    found = {}
+    for name in ("momentum", "AdamW", "Muon", "BNP-momentum", "BNP-AdamW", "BNP-Muon", "BN + SGD", "BN + AdamW"):
+        for variant, label in (("", "PyTorch's"), ("He", "He"), ("folded", "folded")):
+            if variant != "folded" or CONTENDERS[name].norm == "none":
+                found[f"{name}, {label}"] = replace(CONTENDERS[name], name=f"{name}, {label}", variant=variant)
+    return found
+
+
 LEFT_OUT = ("without the first", "without the last", "without both", "first only")
 SHIFTS: tuple[tuple[str, Inputs], ...] = (
     ("ImageSegments, shift", "raw"), ("ImageSegments, shift", "scaled"), ("Agrawal, drift", "scaled"),
@@ -104,6 +115,7 @@ QUESTIONS: dict[str, Question | StreamQuestion] = {
             {"cifar": _part("cifar", 64, 16, 1)},
             _against("N = samples", [POSITIONS], ["BNP-SGD", "BNP-AdamW", TWO_SIDED]),
         ),
+        Question("start", "Which initial weights?", _starts(), {"cifar": _part("cifar", 64)}),
         Question(
             "inclusion",
             "First and last layer, in or out?",

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.documents import compact, environment
 from benchmarks.evidence.contenders import ADAPTIVE_RATES, CONTENDERS, NOTES, SGD_RATES
 from benchmarks.evidence.figures import convergence_figure
-from benchmarks.evidence.plan import Preset, Results, Scope, impossible
+from benchmarks.evidence.plan import MORE_SEEDS, RIVALS, Preset, Results, Scope, impossible
 from benchmarks.evidence.runner import Cache
 from benchmarks.evidence.tables import Cell, Lift, OneRate, cell_text, cells_of, lifts, one_rates
 from benchmarks.evidence.tasks import TASKS
@@ -54,6 +54,9 @@ def markdown(scope: Scope, preset: Preset, results: Results, document: Mapping[s
     cells = cells_of(scope, results)
     rates = list(one_rates(scope, results, cells))
     task = TASKS[scope.task]
+    close = (
+        f"Where they left open which of {', '.join(RIVALS)} is ahead, seeds {MORE_SEEDS[0]} to {MORE_SEEDS[-1]} too."
+    )
     full = ", ".join(f"{task.samples[b]:,} at {b}" for b, n in scope.samples.items() if n != task.samples[b])
     lines = [
         f"# Convergence: {task.title}",
@@ -63,7 +66,8 @@ def markdown(scope: Scope, preset: Preset, results: Results, document: Mapping[s
         + (f"Preset {preset.name}: {preset.note}. " if preset.note else "")
         + "Every method has the same grid of its kind on seed 0; the first table shows the reporting seeds "
         + f"({', '.join(map(str, scope.seeds))}) at the rate chosen there. Test accuracy, mean ± standard error; "
-        + f"a run that diverged scores {dot(task.chance, 1)}.",
+        + f"a run that diverged scores {dot(task.chance, 1)}."
+        + (f" {close}" if scope.close else ""),
         "",
     ]  # fmt: skip
     for schedule in scope.schedules:

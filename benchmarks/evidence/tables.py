@@ -69,7 +69,8 @@ def cells_of(scope: Scope, results: Results) -> dict[tuple[str, int, str], Cell]
             return None if result is None else float(result["accuracy"])
 
         grid = {r: a for r in c.rates if (a := accuracy(r, TUNING_SEED)) is not None}
-        reported = {r: {s: a for s in scope.seeds if (a := accuracy(r, s)) is not None} for r in c.rates}
+        seeds = scope.seeds_of(c.name, batch_size, schedule)
+        reported = {r: {s: a for s in seeds if (a := accuracy(r, s)) is not None} for r in c.rates}
         chosen = reported.pop(rate)
         found[c.name, batch_size, schedule] = Cell(
             c.name, batch_size, schedule, rate, grid[rate], chosen, grid, reported
