@@ -103,7 +103,7 @@ PRESETS = {
     "full": (LanguageScope(SMALL, FULL), LanguageScope(LARGE, FULL)),
     "short": (
         LanguageScope(SMALL, {16: 300, 1: 500}, suffix="_short"),
-        LanguageScope(LARGE, {1: 300}, ("AdamW", "BNP-AdamW", "Muon", "BNP-Muon"), suffix="_short"),
+        LanguageScope(LARGE, {1: 300}, ("AdamW", "BNP-AdamW", "Muon", "BNP-Muon"), seeds=(1, 2, 3), suffix="_short"),
     ),
     "quick": (LanguageScope(Net(2, 64, 32), {16: 100, 1: 200}, seeds=(1,), slow_seeds=(1,), suffix="_quick"),),
 }

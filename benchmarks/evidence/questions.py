@@ -69,12 +69,10 @@ def _samples_of_convolutions() -> dict[str, Contender]:
     return found | {f"{TWO_SIDED}, spectral": bnp(f"{TWO_SIDED}, spectral", step_scale="spectral", **two_sided)}
 
 
-def _scales_around_fixed_steps() -> dict[str, Contender]:
-    """Bases whose step has the same size whatever the gradient's: there 1/q is a rate of each layer's own."""
-    found = {n: CONTENDERS[n] for n in ("Muon",)}
-    for scale in SCALES:
-        found[f"BNP-Muon, {scale}"] = bnp(f"BNP-Muon, {scale}", "muon", step_scale=scale)
-    return found
+def _scales_around_muon() -> dict[str, Contender]:
+    """Muon's step has one size whatever the gradient's, so that 1/q is a rate of each layer's own."""
+    scales = {f"BNP-Muon, {scale}": bnp(f"BNP-Muon, {scale}", "muon", step_scale=scale) for scale in SCALES}
+    return {"Muon": CONTENDERS["Muon"]} | scales
 
 
 def _starts() -> dict[str, Contender]:
@@ -104,8 +102,8 @@ QUESTIONS: dict[str, Question | StreamQuestion] = {
         Question(
             "step_scale_muon",
             "Which q² around a base whose step has one size?",
-            _scales_around_fixed_steps(),
-            {"fashion": _part("fashion", 64, 16, 4, 1), "cifar": _part("cifar", 64, 16)},
+            _scales_around_muon(),
+            {"fashion": _part("fashion", 64, 16, 4)},
             _against("trace", [str(s) for s in SCALES if s != "trace"], ["BNP-Muon"]),
         ),
         Question(
