@@ -39,7 +39,7 @@ def test_readme(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch:
     folded = dict(scope)
     exec(next(b for b in blocks("README.md") if "import fold_normalization" in b), folded)
     assert repr(folded["optimizer"]).startswith("BNPreconditioner(AdamW, 3 layers, mode='two_sided'")
-    assert 0.5 < folded["model"](folded["images"]).std(0).mean() < 0.65  # √(1/3) = .58; as PyTorch starts it .01
+    assert 0.5 < folded["model"](folded["images"]).std(0).mean() < 0.65  # √(1/3) = .58; as PyTorch starts it .02
 
     exec(named, scope)
     assert repr(scope["optimizer"]).startswith("BNPAdamW(AdamW, 2 layers, mode='two_sided'")
