@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib", reason="the benchmarks draw")
 pytest.importorskip("tqdm", reason="the benchmarks show progress")
 
 from benchmarks import convergence
-from benchmarks.evidence import engine, times
+from benchmarks.evidence import engine, figures, times
 from benchmarks.evidence.contenders import CONTENDERS
 from benchmarks.evidence.engine import SCHEDULES, Run, train
 from benchmarks.evidence.plan import PRESETS, UNFOLDED, Preset, Scope, choose
@@ -49,6 +49,29 @@ def test_bnp_on_a_folded_net_is_compared_with_its_base_on_a_folded_net() -> None
     scope = Scope("toy", {10: 400}, names, ("constant",), ())
     pairs = [(x.contender, x.base) for x in lifts(cells_of(scope, made_up(scope)))]
     assert pairs == [("BNP-AdamW", "AdamW"), ("BNP-AdamW, folded", "AdamW, folded")]
+
+
+def test_the_figure_of_folded_nets_has_them_beside_batch_normalization(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scope = Scope("toy", {10: 400, 20: 400}, ("AdamW", "AdamW, folded", "BN + AdamW"), ("constant",), ())
+    results = made_up(scope)
+    for i, result in enumerate(results.values()):
+        result |= {"accuracy": i / 100, "curve": [(10, 0.2), (20, 0.3)]}
+    cells = cells_of(scope, results)
+    del cells["AdamW, folded", 20, "constant"]
+    drawn: list[Any] = []
+    monkeypatch.setattr(figures.plt, "close", drawn.append)
+    figures.convergence_figure(scope, cells, results, tmp_path / "folded.png", folded=True)
+    (figure,) = drawn
+    above, _ = figure.axes  # batch size 10 alone
+    shown = {line.get_label(): list(line.get_ydata()) for line in above.get_lines()}
+    assert shown == {
+        "AdamW": list(cells["AdamW, folded", 10, "constant"].grid.values()),
+        "BN + AdamW": list(cells["BN + AdamW", 10, "constant"].grid.values()),
+    }
+    figures.convergence_figure(scope, {}, results, tmp_path / "none.png", folded=True)
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_rates_are_chosen_on_the_tuning_seed_and_lifts_are_paired() -> None:

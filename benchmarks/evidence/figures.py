@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks.evidence.contenders import CONTENDERS
-from benchmarks.evidence.plan import Results, Scope
+from benchmarks.evidence.plan import FOLDED, Results, Scope
 from benchmarks.evidence.tables import Cell
 from benchmarks.evidence.tasks import TASKS
 
@@ -27,15 +27,23 @@ STYLES: dict[str, dict[str, Any]] = {
         "#CC79A7": ("Muon", "BNP-Muon"),
         "#000000": ("SOAP", "BNP-SOAP"),
         "#D55E00": ("K-FAC",),
-        "#999999": ("BN + AdamW",),
+        "#999999": ("BN + AdamW", "BN + SGD"),
     }.items()
     for name in names
 }
+STYLES["BN + SGD"] |= {"linestyle": ":", "marker": "x"}
 
 
-def convergence_figure(scope: Scope, cells: dict[tuple[str, int, str], Cell], results: Results, path: Path) -> None:
-    """A column per batch size, at a constant rate; rates above (seed 0), curves at the chosen rates below."""
-    batch_sizes = [b for b in sorted(scope.samples) if any(k[1:] == (b, "constant") for k in cells)]
+def convergence_figure(
+    scope: Scope, cells: dict[tuple[str, int, str], Cell], results: Results, path: Path, *, folded: bool = False
+) -> None:
+    """A column per batch size, at a constant rate; rates above (seed 0), curves at the chosen rates below.
+
+    ``folded``: nets without a normalization start folded; batch sizes where none did are left out.
+    """
+    names = {name: f"{name}, folded" if folded and CONTENDERS[name].norm == "none" else name for name in STYLES}
+    wanted = [name for name in names.values() if not folded or name in FOLDED]
+    batch_sizes = [b for b in sorted(scope.samples) if any((name, b, "constant") in cells for name in wanted)]
     if not batch_sizes:
         return
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
@@ -44,7 +52,7 @@ def convergence_figure(scope: Scope, cells: dict[tuple[str, int, str], Cell], re
     for column, b in enumerate(batch_sizes):
         above, below = axes[:, column]
         for name, style in STYLES.items():
-            cell = cells.get((name, b, "constant"))
+            cell = cells.get((names[name], b, "constant"))
             if cell is None:
                 continue
             above.plot(list(cell.grid), list(cell.grid.values()), label=name, markersize=4, **style)
@@ -66,12 +74,11 @@ def convergence_figure(scope: Scope, cells: dict[tuple[str, int, str], Cell], re
     shown = [name for name in STYLES if name in handles]
     columns = min(-(-len(shown) // 2), int(width / 1.75))  # two rows, or more where names need their inches
     figure.legend([handles[n] for n in shown], shown, loc="lower center", ncols=columns, frameon=False)
-    figure.suptitle(TASKS[scope.task].title + ", constant rate")
+    figure.suptitle(TASKS[scope.task].title + ", constant rate" + ", nets without BN folded" * folded)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def _run(scope: Scope, cell: Cell, seed: int) -> Any:
-
     return scope.run(CONTENDERS[cell.contender], cell.batch_size, cell.schedule, cell.rate, seed)

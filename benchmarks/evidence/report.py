@@ -46,6 +46,7 @@ def write(scope: Scope, preset: Preset, cache: Cache, output: Path) -> str:
     (output / f"{stem}.json").write_text(compact(document) + "\n")
     (output / f"{stem}.md").write_text(text)
     convergence_figure(scope, cells, results, output / f"{stem}.png")
+    convergence_figure(scope, cells, results, output / f"{stem}_folded.png", folded=True)
     return text
 
 
