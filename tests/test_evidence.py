@@ -21,6 +21,8 @@ from benchmarks.evidence.engine import Run, train
 from benchmarks.evidence.plan import PRESETS, UNFOLDED
 from benchmarks.evidence.runner import Cache, published, run_all
 from benchmarks.evidence.tasks import TASKS
+from benchmarks.evidence.variants import he_start
+from benchmarks.workloads import cnn
 from bnp_optim import BNPreconditioner
 from tests.evidence_toy import TOY, split, toy
 
@@ -81,6 +83,16 @@ def test_a_method_that_cannot_go_on_has_diverged(monkeypatch: pytest.MonkeyPatch
     assert result["diverged"] and result["accuracy"] == 0.5
     assert [n for n, _ in result["curve"]] == [n * 10 for n in sorted(engine.curve_steps(40))]
     assert [a == 0.5 for n, a in result["curve"] if n > 300] == [True] * sum(n > 30 for n in engine.curve_steps(40))
+
+
+def test_he_start_is_for_relus_and_for_convolutions_alone() -> None:
+    for norm in ("none", "bn"):
+        torch.manual_seed(0)
+        net = he_start(cnn(norm))
+        weight, bias = net.conv5.weight, net.conv5.bias
+        assert weight.var().item() == pytest.approx(2 / (32 * 9), rel=0.05)
+        assert bias is None if norm == "bn" else not bias.any()
+        assert net.head.weight.abs().max() <= 1 / 8  # PyTorch's: uniform in ± 1/√64
 
 
 def test_several_passes_see_every_sample_equally_often() -> None:

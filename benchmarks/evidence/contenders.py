@@ -203,6 +203,8 @@ CONTENDERS: dict[str, Contender] = {
         Contender("K-FAC", "kfac, no momentum", slow=True),
         Contender("Shampoo", "shampoo", slow=True),
         *(replace(c, name=f"{c.name}, folded", variant="folded") for c in _FOLDABLE),
+        Contender("BN + SGD, He", "sgd", "bn", variant="He"),  # which do not feel a fold
+        Contender("BN + AdamW, He", "adamw", "bn", variant="He"),
     )
 }
 NOTES = {
@@ -212,6 +214,7 @@ NOTES = {
     "ON": "Online Normalization, α_f 0.999, α_b 0.99, layer scaling",
     "Muon": "on all weights but the head's, at 10 × the rate of the AdamW on the rest",
     "folded": f"fold_normalization on the first {FOLD} training inputs, before the first step",
+    "He": "He's initialization of the convolutions",
     "K-FAC": "singd's SINGD (kfac_like, dense factors scaled by the batch size, T = 1, no momentum, damping .1, lr_cov "
     "rising from .01 to .1, or .01 × batch size, in 50 steps)",
     "SOAP": "pytorch_optimizer's, every 10 steps, its default",

@@ -12,8 +12,8 @@ from benchmarks.evidence.engine import SCHEDULES, Run
 from benchmarks.evidence.tasks import TASKS
 
 TUNING_SEED = 0
-UNFOLDED = tuple(name for name, c in CONTENDERS.items() if c.variant != "folded")
-FOLDED = tuple(name for name in CONTENDERS if name not in UNFOLDED)
+UNFOLDED = tuple(name for name, c in CONTENDERS.items() if not c.variant)
+FOLDED = tuple(name for name, c in CONTENDERS.items() if c.variant == "folded")
 RIVALS, MORE_SEEDS = ("Muon", "BNP-Muon", "SOAP", "BNP-SOAP"), tuple(range(6, 16))
 Results = Mapping[Run, Mapping[str, Any]]
 
@@ -152,6 +152,7 @@ _MAIN = tuple(name for name in UNFOLDED if name != "Shampoo")
 _LEAN = tuple(name for name in _MAIN if name not in ("LN + SGD", "ON + SGD", "ON + AdamW", "K-FAC"))
 _WRAPPED = tuple(name for name in _MAIN if CONTENDERS[name].bnp is not None and "," not in name)
 _QUICK_FOLDED = tuple(name for name in FOLDED if not CONTENDERS[name].slow)
+_HE = tuple(name for name, c in CONTENDERS.items() if c.variant == "He")
 _CORE = tuple(n for n in _MAIN if CONTENDERS[n].norm in ("none", "bn") and "," not in n and "SOAP" not in n)
 # singd's K-FAC trains Linear and Conv2d, and would leave an LSTM as it is, as fold_normalization would
 _RECURRENT = tuple(name for name in UNFOLDED if CONTENDERS[name].norm in ("none", "ln") and name != "K-FAC")
@@ -170,7 +171,7 @@ PRESETS = {
                     "fashion", SHORT["fashion"], _MAIN + _QUICK_FOLDED, whole_grid=False, slow=_SLOW, untuned=_WRAPPED,
                     close=((16, "constant"), (4, "constant"), (16, "linear")),
                 ),
-                Scope("cifar", SHORT["cifar"], _LEAN + FOLDED, whole_grid=False),
+                Scope("cifar", SHORT["cifar"], _LEAN + FOLDED + _HE, whole_grid=False),
                 Scope("resnet", SHORT["resnet"], _CORE + _QUICK_FOLDED, whole_grid=False),
                 Scope("mnist", SHORT["mnist"], _LEAN, whole_grid=False, slow=_SLOW),
                 Scope("digits", SHORT["digits"], whole_grid=False, slow=_SLOW),
