@@ -16,9 +16,9 @@ pytest.importorskip("tqdm", reason="the benchmarks show progress")
 from benchmarks import convergence
 from benchmarks.data import Split
 from benchmarks.evidence import contenders, engine
-from benchmarks.evidence.contenders import CONTENDERS, Contender, CovarianceRate, bnp, fingerprint, started
+from benchmarks.evidence.contenders import CONTENDERS, PEERS, Contender, CovarianceRate, bnp, fingerprint, started
 from benchmarks.evidence.engine import Run, train
-from benchmarks.evidence.plan import PRESETS, UNFOLDED
+from benchmarks.evidence.plan import PRESETS
 from benchmarks.evidence.runner import Cache, published, run_all
 from benchmarks.evidence.tasks import TASKS
 from benchmarks.evidence.variants import he_start
@@ -239,7 +239,7 @@ def test_a_folded_net_starts_from_the_first_inputs_of_its_run_normalized(monkeyp
 def test_recurrent_nets_are_the_same_for_all_and_muon_takes_their_matrices() -> None:
     (scope,) = [s for s in PRESETS["short"].scopes if s.task == "sequential"]
     assert {CONTENDERS[n].norm for n in scope.contenders} == {"none", "ln"}
-    assert set(UNFOLDED) - set(scope.contenders) == {
+    assert set(PEERS) - set(scope.contenders) == {
         "BN + SGD", "BN + AdamW", "GN + AdamW", "ON + SGD", "ON + AdamW", "K-FAC",
     }  # fmt: skip
     x = torch.rand(3, 784, generator=torch.Generator().manual_seed(0))

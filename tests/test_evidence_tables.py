@@ -14,9 +14,9 @@ pytest.importorskip("tqdm", reason="the benchmarks show progress")
 
 from benchmarks import convergence
 from benchmarks.evidence import engine, figures, times
-from benchmarks.evidence.contenders import CONTENDERS
+from benchmarks.evidence.contenders import CONTENDERS, PEERS
 from benchmarks.evidence.engine import SCHEDULES, Run, train
-from benchmarks.evidence.plan import PRESETS, UNFOLDED, Preset, Scope, choose
+from benchmarks.evidence.plan import PRESETS, Preset, Scope, choose
 from benchmarks.evidence.report import markdown
 from benchmarks.evidence.tables import cells_of, lifts, one_rates
 from benchmarks.evidence.tasks import TASKS
@@ -145,9 +145,9 @@ def test_what_the_one_rate_costs_is_reported_on_other_seeds() -> None:
 def test_quick_has_every_method_over_its_whole_grid_and_is_published() -> None:
     (scope,) = PRESETS["quick"].scopes
     cells = {(c.name, b) for c, b, _ in scope.cells()}
-    slow = {name for name in UNFOLDED if CONTENDERS[name].slow}
+    slow = {name for name in PEERS if CONTENDERS[name].slow}
     assert slow == {"SOAP", "BNP-SOAP", "K-FAC", "Shampoo"}
-    assert cells == {(n, b) for n in UNFOLDED for b in (1, 16)} - {(n, 1) for n in (*slow, "BN + SGD", "BN + AdamW")}
+    assert cells == {(n, b) for n in PEERS for b in (1, 16)} - {(n, 1) for n in (*slow, "BN + SGD", "BN + AdamW")}
     document = json.loads((RESULTS / "convergence_digits_quick.json").read_text())
     made = {json.dumps({k: v for k, v in run.items() if k not in ("key", "result")}) for run in document["runs"]}
     assert {json.dumps(run.describe()) for run in scope.tuning()} <= made

@@ -7,8 +7,8 @@ import math
 import sys
 import time
 
-from benchmarks.evidence.contenders import CONTENDERS
-from benchmarks.evidence.plan import PRESETS, UNFOLDED, impossible
+from benchmarks.evidence.contenders import CONTENDERS, PEERS
+from benchmarks.evidence.plan import PRESETS, impossible
 from benchmarks.evidence.report import write
 from benchmarks.evidence.runner import Cache, published, run_all
 from benchmarks.evidence.tasks import TASKS
@@ -30,7 +30,7 @@ def main(args: argparse.Namespace) -> None:
             task, part = TASKS[scope.task], scope.only(args.methods, args.batch_sizes)
             split = task.load(args.data_dir)
             for batch_size in part.samples:
-                names = [n for n in part.contenders if n in UNFOLDED]  # a folded net's steps cost what others' do
+                names = [n for n in part.contenders if n in PEERS]  # a folded net's steps cost what others' do
                 chosen = [CONTENDERS[n] for n in names if not impossible(CONTENDERS[n], batch_size)]
                 path = args.output / f"convergence_{scope.task}_times.json"
                 keep_times(path, batch_size, step_times(task, split, chosen, batch_size))

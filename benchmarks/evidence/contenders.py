@@ -178,7 +178,7 @@ _FOLDABLE = (
     Contender("SOAP", "soap", slow=True),
     replace(bnp("BNP-SOAP", "soap, no decay"), slow=True),
 )
-CONTENDERS: dict[str, Contender] = {
+PEERS: dict[str, Contender] = {  # everywhere
     c.name: c
     for c in (
         Contender("SGD", "sgd"),
@@ -202,9 +202,15 @@ CONTENDERS: dict[str, Contender] = {
         replace(bnp("BNP-SOAP", "soap, no decay"), slow=True),
         Contender("K-FAC", "kfac, no momentum", slow=True),
         Contender("Shampoo", "shampoo", slow=True),
+    )
+}
+CONTENDERS = PEERS | {  # those for some tasks too
+    c.name: c
+    for c in (
         *(replace(c, name=f"{c.name}, folded", variant="folded") for c in _FOLDABLE),
         Contender("BN + SGD, He", "sgd", "bn", variant="He"),  # which do not feel a fold
         Contender("BN + AdamW, He", "adamw", "bn", variant="He"),
+        bnp("BNP-Muon, no bound", "muon", step_scale=None),
     )
 }
 NOTES = {

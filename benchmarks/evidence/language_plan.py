@@ -12,7 +12,10 @@ from benchmarks.evidence.language_engine import LanguageRun, Net
 from benchmarks.evidence.plan import TUNING_SEED
 from benchmarks.evidence.tables import Cell
 
-METHODS = ("momentum", "BNP-momentum, gradient form", "BNP-momentum", "AdamW", "BNP-AdamW", "Muon", "BNP-Muon", "SOAP")
+METHODS = (
+    "momentum", "BNP-momentum, gradient form", "BNP-momentum", "AdamW", "BNP-AdamW", "Muon", "BNP-Muon",
+    "BNP-Muon, no bound", "SOAP",
+)  # fmt: skip
 SCHEDULE = "warm-up + decay"
 Results = Mapping[LanguageRun, Mapping[str, Any]]
 

@@ -7,12 +7,11 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from benchmarks.evidence.contenders import CONTENDERS, Contender
+from benchmarks.evidence.contenders import CONTENDERS, PEERS, Contender
 from benchmarks.evidence.engine import SCHEDULES, Run
 from benchmarks.evidence.tasks import TASKS
 
 TUNING_SEED = 0
-UNFOLDED = tuple(name for name, c in CONTENDERS.items() if not c.variant)
 FOLDED = tuple(name for name, c in CONTENDERS.items() if c.variant == "folded")
 RIVALS, MORE_SEEDS = ("Muon", "BNP-Muon", "SOAP", "BNP-SOAP"), tuple(range(6, 16))
 Results = Mapping[Run, Mapping[str, Any]]
@@ -34,7 +33,7 @@ class Scope:
 
     task: str
     samples: Mapping[int, int]
-    contenders: tuple[str, ...] = UNFOLDED
+    contenders: tuple[str, ...] = tuple(PEERS)
     schedules: tuple[str, ...] = SCHEDULES
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     whole_grid: bool = True
@@ -148,21 +147,22 @@ SHORT = {
 }
 QUICK = {1: 1_300, 16: 2_600}  # of the digits
 _SLOW = (*((batch_size, "constant") for batch_size in (64, 16, 256, 4, 1)), (16, "linear"))
-_MAIN = tuple(name for name in UNFOLDED if name != "Shampoo")
+_MAIN = tuple(name for name in PEERS if name != "Shampoo")
 _LEAN = tuple(name for name in _MAIN if name not in ("LN + SGD", "ON + SGD", "ON + AdamW", "K-FAC"))
 _WRAPPED = tuple(name for name in _MAIN if CONTENDERS[name].bnp is not None and "," not in name)
 _QUICK_FOLDED = tuple(name for name in FOLDED if not CONTENDERS[name].slow)
 _HE = tuple(name for name, c in CONTENDERS.items() if c.variant == "He")
 _CORE = tuple(n for n in _MAIN if CONTENDERS[n].norm in ("none", "bn") and "," not in n and "SOAP" not in n)
 # singd's K-FAC trains Linear and Conv2d, and would leave an LSTM as it is, as fold_normalization would
-_RECURRENT = tuple(name for name in UNFOLDED if CONTENDERS[name].norm in ("none", "ln") and name != "K-FAC")
-_FULL = {"sequential": _RECURRENT, "cifar": tuple(CONTENDERS), "resnet": tuple(CONTENDERS)}
+_RECURRENT = tuple(name for name in PEERS if CONTENDERS[name].norm in ("none", "ln") and name != "K-FAC")
+_EVERY = (*PEERS, *FOLDED, *_HE)
+_FULL = {"sequential": _RECURRENT, "cifar": _EVERY, "resnet": _EVERY}
 PRESETS = {
     p.name: p
     for p in (
         Preset(
             "full",
-            tuple(Scope(task.name, task.samples, _FULL.get(task.name, UNFOLDED)) for task in TASKS.values()),
+            tuple(Scope(task.name, task.samples, _FULL.get(task.name, tuple(PEERS))) for task in TASKS.values()),
         ),
         Preset(
             "short",
