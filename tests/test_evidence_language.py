@@ -35,13 +35,18 @@ from benchmarks.evidence.language_engine import (
     training_windows,
     validation_windows,
 )
-from benchmarks.evidence.language_figure import language_figure
-from benchmarks.evidence.language_plan import PRESETS, LanguageScope, cells_of, choose
+from benchmarks.evidence.language_figure import LINES, language_figure
+from benchmarks.evidence.language_plan import METHODS, PRESETS, LanguageScope, cells_of, choose
 from benchmarks.evidence.language_report import curves_of, markdown
 from benchmarks.evidence.language_times import steps_to
 from benchmarks.evidence.tables import lifts
 
 TINY = Net(1, 32, 8)
+
+
+def test_every_method_has_a_line_of_its_own() -> None:
+    styles = [str(sorted(LINES[name].items())) for name in METHODS]
+    assert len(set(styles)) == len(METHODS)
 
 
 @pytest.fixture

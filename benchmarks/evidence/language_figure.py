@@ -16,8 +16,8 @@ from benchmarks.evidence.language_engine import UNIFORM
 from benchmarks.evidence.language_plan import SCHEDULE, LanguageScope
 from benchmarks.evidence.tables import Cell
 
-GRADIENT = "BNP-momentum, gradient form"
-LINES = {**STYLES, GRADIENT: {**STYLES["BNP-momentum"], "linestyle": ":", "marker": "s"}}
+VARIANTS = {"BNP-momentum, gradient form": "BNP-momentum", "BNP-Muon, no bound": "BNP-Muon"}
+LINES = STYLES | {name: STYLES[of] | {"linestyle": ":", "marker": "s"} for name, of in VARIANTS.items()}
 
 
 def language_figure(
