@@ -28,7 +28,9 @@ def fold_normalization(
     """Express ``model``'s initial weights in normalized coordinates: w ← P w, with q = 1 and the statistics of a batch.
 
     Preconditioning conditions the path, not the start: where raw inputs are in the hundreds, so are the first
-    pre-activations, and bounded steps need thousands of samples to undo that. This undoes it at once. A layer
+    pre-activations, and bounded steps need thousands of samples to undo that; where a deep net without normalization
+    layers has PyTorch's initial weights, a ninth of the signal's variance passes each layer and its ReLU, and little
+    reaches the last one. This undoes both at once. A layer
     with a bias afterwards computes ``b + W (a - μ)/σ̃`` where it computed ``b + W a``: what batch normalization of its
     input, inserted before it and folded into it, would make it compute (ours, after the change of variables of Lange,
     Helfrich, Ye, JMLR 2022). A layer without a bias gets the rank-one P of ``docs/method.md``. Zero padding stays
