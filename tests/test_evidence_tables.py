@@ -93,6 +93,7 @@ def test_rates_are_chosen_on_the_tuning_seed_and_lifts_are_paired() -> None:
 def test_close_cells_have_more_seeds_and_all_of_them_count() -> None:
     scope = Scope("toy", {10: 400}, ("Muon", "SGD"), SCHEDULES, (1, 2), whole_grid=False, close=((10, "linear"),))
     results: dict[Run, Any] = {run: {"accuracy": 0.5, "curve": []} for run in scope.tuning()}
+    assert set(scope.reporting(results)) < set(scope.everything())  # which is what --fresh forgets
     for run in scope.reporting(results):
         results[run] = {"accuracy": run.seed / 100, "curve": []}
     cells = cells_of(scope, results)

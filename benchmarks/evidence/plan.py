@@ -85,8 +85,12 @@ class Scope:
 
     def everything(self) -> list[Run]:
         """Every cell at every rate and every seed, needed or not."""
-        seeds = (TUNING_SEED, *self.seeds)
-        return [self.run(c, b, s, rate, seed) for c, b, s in self.cells() for rate in c.rates for seed in seeds]
+        return [
+            self.run(c, b, s, rate, seed)
+            for c, b, s in self.cells()
+            for rate in c.rates
+            for seed in (TUNING_SEED, *self.seeds_of(c.name, b, s))
+        ]
 
     def only(
         self,
@@ -152,7 +156,7 @@ _LEAN = tuple(name for name in _MAIN if name not in ("LN + SGD", "ON + SGD", "ON
 _WRAPPED = tuple(name for name in _MAIN if CONTENDERS[name].bnp is not None and "," not in name)
 _QUICK_FOLDED = tuple(name for name in FOLDED if not CONTENDERS[name].slow)
 _HE = tuple(name for name, c in CONTENDERS.items() if c.variant == "He")
-_CORE = tuple(n for n in _MAIN if CONTENDERS[n].norm in ("none", "bn") and "," not in n and "SOAP" not in n)
+_CORE = tuple(n for n in _MAIN if PEERS[n].norm in ("none", "bn") and not PEERS[n].slow and "," not in n)
 # singd's K-FAC trains Linear and Conv2d, and would leave an LSTM as it is, as fold_normalization would
 _RECURRENT = tuple(name for name in PEERS if CONTENDERS[name].norm in ("none", "ln") and name != "K-FAC")
 _EVERY = (*PEERS, *FOLDED, *_HE)
