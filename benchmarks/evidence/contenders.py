@@ -26,7 +26,6 @@ SGD_RATES = (1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 ADAPTIVE_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1)
 _DEFAULTS = {name: p.default for name, p in inspect.signature(BNPreconditioner).parameters.items()}
 _IMPLIED = {"sgd": "gradient", "momentum": "gradient"}  # the form that keys and published results leave out
-_PLAIN = {"SGD": "sgd", "momentum": "momentum", "AdamW": "adamw", "Muon": "muon"}
 _SGD_LIKE = ("sgd", "momentum", "kfac, no momentum", "shampoo")
 
 
@@ -172,12 +171,6 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of these packages; with the version th
     "shampoo": {"preconditioning_compute_steps": 10},
 }  # fmt: skip
 
-_FOLDABLE = (
-    *(Contender(name, base) for name, base in _PLAIN.items()),
-    *(bnp(f"BNP-{name}", base) for name, base in _PLAIN.items()),
-    Contender("SOAP", "soap", slow=True),
-    replace(bnp("BNP-SOAP", "soap, no decay"), slow=True),
-)
 PEERS: dict[str, Contender] = {  # everywhere
     c.name: c
     for c in (
@@ -204,12 +197,12 @@ PEERS: dict[str, Contender] = {  # everywhere
         Contender("Shampoo", "shampoo", slow=True),
     )
 }
+_FOLDABLE = [f"{of}{base}" for of in ("", "BNP-") for base in ("SGD", "momentum", "AdamW", "Muon", "SOAP")]
+_STARTS = {"folded": _FOLDABLE, "He": ["BN + SGD", "BN + AdamW"]}  # batch normalization undoes a fold
 CONTENDERS = PEERS | {  # those for some tasks too
     c.name: c
     for c in (
-        *(replace(c, name=f"{c.name}, folded", variant="folded") for c in _FOLDABLE),
-        Contender("BN + SGD, He", "sgd", "bn", variant="He"),  # which do not feel a fold
-        Contender("BN + AdamW, He", "adamw", "bn", variant="He"),
+        *(replace(PEERS[n], name=f"{n}, {start}", variant=start) for start, names in _STARTS.items() for n in names),
         bnp("BNP-Muon, no bound", "muon", step_scale=None),
     )
 }
