@@ -82,7 +82,7 @@ benchmark-streaming: $(STAMP) ## river's streams, predict then learn, about 10 m
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[benchmarks]"
 	$(BIN)/python -m benchmarks.streaming $(EVIDENCE_ARGS)
 
-benchmark-language: $(STAMP) ## a character GPT: days (EVIDENCE_ARGS="--preset short": an hour; --quick: minutes)
+benchmark-language: $(STAMP) ## a character GPT: days (EVIDENCE_ARGS="--preset short": 90 minutes; --quick: minutes)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[benchmarks]"
 	$(BIN)/python -m benchmarks.language $(EVIDENCE_ARGS)
 
