@@ -134,19 +134,18 @@ class StatisticsBank:
             self._factors.append(factors)
         self._tell()
 
-    def propose(self, batch: Sequence[Moments | None], counts: Tensor | None = None) -> Any:
+    def propose(self, batch: Sequence[Moments | None], counts: Tensor | None = None) -> None:
         """Compute what this step's samples lead to, one entry per layer; None leaves a layer as it is.
 
-        ``counts``: see :meth:`bnp_optim.ledger.Ledger.weigh`.
-
-        Returns whether all of it is finite: a bool, or where the host must not read, a bool tensor.
+        ``counts``: see :meth:`bnp_optim.ledger.Ledger.weigh`. :meth:`conclude` is due next.
         """
         new, options = self._next, self.options
         gain, rest = self.ledger.weigh(batch, counts)
         variance = self._gather(batch)
         delta = self._batch_mean - self.now.mean
         # E_batch[(a - μ)²] about the new mean, which is r δ away
-        deviation = _plus_square(variance, delta, rest * rest) if options.step_scale == "trace" else None
+        by_trace = options.step_scale in ("trace", "common")
+        deviation = _plus_square(variance, delta, rest * rest) if by_trace else None
         if options.variance == "total":
             _plus_square(variance, delta, rest, out=self._batch_variance)
         elif variance is not self._batch_variance:
@@ -170,8 +169,20 @@ class StatisticsBank:
             # without debias the start, not the one observation, is what σ² rests on
             self._singled = single is not None
             new.spread.fill_(1) if single is None else new.spread.copy_(~single)
+
+    @property
+    def proposed_q2(self) -> Tensor:
+        """q² of every layer as proposed, (layers,): to be changed in place before :meth:`conclude`."""
+        return self._next.q2
+
+    def conclude(self) -> Any:
+        """Derive what the transforms read from what was proposed.
+
+        Returns whether all of it is finite: a bool, or where the host must not read, a bool tensor.
+        """
+        new = self._next
         self._pour(new)
-        if self._on_host and deviation is not None:
+        if self._on_host and self.options.step_scale in ("trace", "common"):  # q² has all that is in μ and σ²
             return all(x > 0 for x in new.inv.tolist())
         finite = torch.isfinite(self._moving_next.sum() + new.inv.sum())
         return bool(finite) if self._on_host else finite

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 __all__ = ["BaseTraits", "become_optimizer", "enter", "is_zero", "leave", "leaves_of", "needs_closure", "traits_of"]
 
 Form = Literal["gradient", "two_sided"]
+Scale = Literal["trace", "common"]
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,14 @@ class BaseTraits:
             (``g ← g + λw``)? None for a base of unknown class, whose decay is left to itself, and for a combination,
             whose leaves know.
         adaptive: Whether it rescales its gradient by entry or matrix, which P Pᵀ would fight.
+        scale: What ``step_scale="auto"`` picks.
     """
 
     form: Form
     additive: bool
     decoupled: Callable[[dict[str, Any]], bool] | None
     adaptive: bool = True
+    scale: Scale = "trace"
 
 
 def _l2(group: dict[str, Any]) -> bool:
@@ -67,7 +70,7 @@ _TABLE: dict[str, BaseTraits] = {
     "Adamax": _ADAPTIVE_L2,
     "RMSprop": _ADAPTIVE_L2,
     "Rprop": _ADAPTIVE_L2,
-    "Muon": BaseTraits("two_sided", True, _always),  # torch >= 2.9
+    "Muon": BaseTraits("two_sided", True, _always, scale="common"),  # torch >= 2.9
     "Adafactor": BaseTraits("two_sided", False, _always),
 }
 _UNKNOWN = BaseTraits("two_sided", False, None)
@@ -85,7 +88,8 @@ def traits_of(base: Optimizer) -> BaseTraits:
 
     A subclass that brings its own ``step`` is another algorithm, unless it descends from SGD: then "auto" still
     picks the gradient form. A combination is two-sided if any of its leaves is: P ties a layer's weight to its
-    bias, so both need the same form, and plain SGD takes the same steps in either.
+    bias, so both need the same form, and plain SGD takes the same steps in either. One scale for all layers is
+    picked if any of its leaves needs it.
     """
     if is_zero(base):  # its own step runs the inner optimizer's, on this rank's share, and its weight decay
         inner = traits_of(base.optim)  # type: ignore[attr-defined]
@@ -94,7 +98,8 @@ def traits_of(base: Optimizer) -> BaseTraits:
     if leaves != [base]:
         traits = [traits_of(leaf) for leaf in leaves]
         form: Form = "two_sided" if any(t.form == "two_sided" for t in traits) else "gradient"
-        return BaseTraits(form, all(t.additive for t in traits), None, any(t.adaptive for t in traits))
+        scale: Scale = "common" if any(t.scale == "common" for t in traits) else "trace"
+        return BaseTraits(form, all(t.additive for t in traits), None, any(t.adaptive for t in traits), scale)
     for cls in type(base).__mro__:
         known = _TABLE.get(cls.__name__)
         if known is not None and getattr(torch.optim, cls.__name__, None) is cls:

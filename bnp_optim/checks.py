@@ -144,7 +144,7 @@ def check_options(
     check_number("var_rel_eps", var_rel_eps, lambda x: 0 <= x < math.inf, "at least 0, such as 1e-2")
     check_number("var_eps", var_eps, lambda x: 0 < x < math.inf, "above 0, such as 1e-4")
     check_choice("mode", mode, ("auto", "gradient", "two_sided"))
-    check_choice("step_scale", step_scale, ("trace", "spectral", "fan_in", None))
+    check_choice("step_scale", step_scale, ("auto", "trace", "common", "spectral", "fan_in", None))
     check_choice("variance", variance, ("total", "batch"))
     whole = "a whole number of at least 1"
     check_number("stat_interval", stat_interval, lambda x: 1 <= x < math.inf and x == int(x), whole)

@@ -72,7 +72,7 @@ class BNPMuon(NamedOptimizer):
         var_rel_eps: float = 1e-2,
         var_eps: float = 1e-4,
         mode: Mode = "auto",
-        step_scale: StepScale | None = "trace",
+        step_scale: StepScale | None = "auto",
         debias: bool = True,
         variance: Variance = "total",
         stat_interval: int = 1,

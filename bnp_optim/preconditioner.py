@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -38,7 +39,7 @@ from bnp_optim.two_sided import ZCoordinates
 __all__ = ["BNPreconditioner"]
 
 Mode = Literal["auto", "gradient", "two_sided"]
-StepScale = Literal["trace", "spectral", "fan_in"]
+StepScale = Literal["auto", "trace", "common", "spectral", "fan_in"]
 Variance = Literal["total", "batch"]
 
 
@@ -70,9 +71,12 @@ class BNPreconditioner(AroundOptimizer):
             others, SGD with momentum among them (docs/ablations.md). Bases that read their
             parameters (Adafactor, LAMB, LARS) see w, not z.
         step_scale: q². "trace": the trace of the batch's preconditioned second moment over N; on dense layers at
-            batch size 1 that is the exact norm, so an outlier cannot blow the step up (the default: one learning
-            rate serves many batch sizes);
-            "spectral": its largest eigenvalue by a power step; "fan_in": the paper's max(n/N, 1); None: 1.
+            batch size 1 that is the exact norm, so an outlier cannot blow the step up: one learning rate serves many
+            batch sizes;
+            "common": the geometric mean of the layers' "trace", one for all, as Muon needs, whose steps have one size
+            in every layer; "spectral": the largest eigenvalue by a power step; "fan_in": the paper's max(n/N, 1);
+            None: 1. "auto" picks "common" around torch's Muon, alone or in a combination, and "trace" around all
+            others (docs/ablations.md).
         debias: Let the first batch count fully, as Adam's correction does; False starts from μ = 0, σ² = 1. True:
             otherwise the first 1/(1-ρ) steps are spoiled.
         variance: "total" includes the distance of batch means from the running mean; "batch" is the paper's, which
@@ -105,7 +109,7 @@ class BNPreconditioner(AroundOptimizer):
         var_rel_eps: float = 1e-2,
         var_eps: float = 1e-4,
         mode: Mode = "auto",
-        step_scale: StepScale | None = "trace",
+        step_scale: StepScale | None = "auto",
         debias: bool = True,
         variance: Variance = "total",
         stat_interval: int = 1,
@@ -155,11 +159,11 @@ class BNPreconditioner(AroundOptimizer):
         self._go_around(optimizer)
         self._ranks = ranks
         self._model = model
-        self._options = options
         self._settings = settings
         self._traits = traits_of(optimizer)
         self._form = self._traits.form if settings["mode"] == "auto" else settings["mode"]
-        self._about = {"the base": type(optimizer).__name__, "the form": self._form} | vars(options)
+        self._options = options if options.step_scale != "auto" else replace(options, step_scale=self._traits.scale)
+        self._about = {"the base": type(optimizer).__name__, "the form": self._form} | vars(self._options)
         self._about |= {key: settings[key] for key in ("stat_interval", "compiled")}
         self._apply = CompiledTransforms() if settings["compiled"] else apply_to_all
         self._z = ZCoordinates(optimizer, self._apply)

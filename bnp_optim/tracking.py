@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bnp_optim.bank import StatisticsBank
+from bnp_optim.common_scale import share_scale
 from bnp_optim.discovery import Findings, Layer, ShardedLayer, SkipRule, find_layers
 from bnp_optim.exchange import Batches, Shared
 from bnp_optim.hooks import Hooks
@@ -194,7 +195,11 @@ class Tracker:
                 if place.layer not in self.ready:
                     place.bank.set_units(place.row, units_of(place.layer))
         banks = [shelf[0].bank for shelf in self._shelves]
-        finite = [bank.propose(batch, n) for bank, batch, n in zip(banks, batches, counts, strict=True)]
+        for bank, batch, n in zip(banks, batches, counts, strict=True):
+            bank.propose(batch, n)
+        if self.options.step_scale == "common":
+            share_scale(banks)
+        finite = [bank.conclude() for bank in banks]
         for shelf, bank, batch in zip(self._shelves, banks, batches, strict=True):
             everywhere = finite[0] if len(finite) == 1 else _all(finite, bank.now.q2.device)
             bank.settle(everywhere)

@@ -96,7 +96,7 @@ def test_a_poisoned_batch_changes_nothing_without_the_host_knowing() -> None:
 
 
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
-@pytest.mark.parametrize("step_scale", ["trace", "spectral", "fan_in", None])
+@pytest.mark.parametrize("step_scale", ["trace", "common", "spectral", "fan_in", None])
 def test_the_host_reads_nothing(base: Any, step_scale: Any) -> None:
     """Tensors on the meta device have no values: whoever reads one fails."""
     with torch.device("meta"):
@@ -140,7 +140,7 @@ class Pair(nn.Module):
 
 
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
-@pytest.mark.parametrize("step_scale", ["trace", "spectral"])
+@pytest.mark.parametrize("step_scale", ["trace", "common", "spectral"])
 @pytest.mark.parametrize("model", MODELS)
 def test_no_float64_on_the_device(model: str, step_scale: Any, base: Any) -> None:
     build, shape = MODELS[model]

@@ -22,7 +22,7 @@ from tests.conftest import (
 )
 
 
-@pytest.mark.parametrize("step_scale", ["trace", "spectral", "fan_in", None])
+@pytest.mark.parametrize("step_scale", ["trace", "common", "spectral", "fan_in", None])
 @pytest.mark.parametrize("mode", ["gradient", "two_sided"])
 def test_micro_batches_are_one_batch(step_scale: Any, mode: Any) -> None:
     whole, parts = mlp().double(), mlp().double()

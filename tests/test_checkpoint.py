@@ -80,6 +80,7 @@ BASES: dict[str, dict[str, Any]] = {
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "spectral": {"step_scale": "spectral"},
+    "common": {"step_scale": "common"},
     "interval": {"stat_interval": 3},
 }
 

@@ -22,7 +22,7 @@ from tests.test_combined import apart, combined
     [(SGD, {"momentum": 0.9, "weight_decay": 0.1}), (AdamW, {"weight_decay": 0.1}), (Adam, {"weight_decay": 0.1})],
     ids=["SGD", "AdamW", "Adam"],
 )
-@pytest.mark.parametrize("step_scale", ["trace", "spectral", None])
+@pytest.mark.parametrize("step_scale", ["trace", "common", "spectral", None])
 def test_two_optimizers_of_one_kind_are_the_one(kind: Any, options: dict[str, Any], step_scale: Any) -> None:
     """Weights in one, biases in the other: bitwise the wrapped optimizer that has them all."""
     model, expected = mlp(), mlp()

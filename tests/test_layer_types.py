@@ -24,7 +24,7 @@ BASES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=str)
-@pytest.mark.parametrize("step_scale", ["trace", "spectral", "fan_in"])
+@pytest.mark.parametrize("step_scale", ["trace", "common", "spectral", "fan_in"])
 @pytest.mark.parametrize("mode", ["gradient", "two_sided"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(1,), (4,), (2, 3)], ids=str)

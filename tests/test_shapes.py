@@ -26,7 +26,7 @@ options = st.fixed_dictionaries(
         "stat_decay": st.sampled_from([0.0, 0.5, 0.99]),
         "var_rel_eps": st.sampled_from([0.0, 1e-2, 0.5]),
         "var_eps": st.sampled_from([1e-4, 1e-2]),
-        "step_scale": st.sampled_from(["trace", "spectral", "fan_in", None]),
+        "step_scale": st.sampled_from(["trace", "common", "spectral", "fan_in", None]),
         "debias": st.booleans(),
         "variance": st.sampled_from(["total", "batch"]),
     }

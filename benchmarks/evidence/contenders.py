@@ -24,7 +24,8 @@ from bnp_optim import BNPreconditioner, CombinedOptimizer
 
 SGD_RATES = (1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 ADAPTIVE_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1)
-_DEFAULTS = {name: p.default for name, p in inspect.signature(BNPreconditioner).parameters.items()}
+# "trace" is what "auto" picks but around torch's Muon, which CPUMuon is not
+_DEFAULTS = {n: p.default for n, p in inspect.signature(BNPreconditioner).parameters.items()} | {"step_scale": "trace"}
 _IMPLIED = {"sgd": "gradient", "momentum": "gradient"}  # the form that keys and published results leave out
 _SGD_LIKE = ("sgd", "momentum", "kfac, no momentum", "shampoo")
 
@@ -66,7 +67,8 @@ class Contender:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a form that is chosen against advice is what an ablation is
             skip = VARIANTS[self.variant].left_out(model)
-            options = {"mode": _IMPLIED.get(self.base, "two_sided"), **dict(self.bnp)}
+            mode = _IMPLIED.get(self.base, "two_sided")
+            options = {"mode": mode, "step_scale": _DEFAULTS["step_scale"], **dict(self.bnp)}
             return BNPreconditioner(base, model, **options, skip=skip)
 
     def context(self) -> AbstractContextManager[None]:
@@ -181,7 +183,7 @@ PEERS: dict[str, Contender] = {  # everywhere
         Contender("AdamW", "adamw"),
         bnp("BNP-AdamW", "adamw"),
         Contender("Muon", "muon"),
-        bnp("BNP-Muon", "muon"),
+        bnp("BNP-Muon", "muon", step_scale="common"),  # as around torch's Muon
         Contender("BN + SGD", "sgd", "bn"),
         Contender("BN + AdamW", "adamw", "bn"),
         Contender("LN + SGD", "sgd", "ln"),
@@ -203,6 +205,7 @@ CONTENDERS = PEERS | {  # those for some tasks too
     c.name: c
     for c in (
         *(replace(PEERS[n], name=f"{n}, {start}", variant=start) for start, names in _STARTS.items() for n in names),
+        bnp("BNP-Muon, a q each", "muon"),
         bnp("BNP-Muon, no bound", "muon", step_scale=None),
     )
 }

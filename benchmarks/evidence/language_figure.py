@@ -14,9 +14,10 @@ import matplotlib.pyplot as plt
 from benchmarks.evidence.figures import STYLES
 from benchmarks.evidence.language_engine import UNIFORM
 from benchmarks.evidence.language_plan import SCHEDULE, LanguageScope
+from benchmarks.evidence.plan import OWN_Q
 from benchmarks.evidence.tables import Cell
 
-VARIANTS = {"BNP-momentum, gradient form": "BNP-momentum", "BNP-Muon, no bound": "BNP-Muon"}
+VARIANTS = {"BNP-momentum, gradient form": "BNP-momentum", "BNP-Muon, no bound": "BNP-Muon", OWN_Q: "BNP-Muon"}
 LINES = STYLES | {name: STYLES[of] | {"linestyle": ":", "marker": "s"} for name, of in VARIANTS.items()}
 
 

@@ -14,7 +14,7 @@ from benchmarks.evidence.tables import Cell
 
 METHODS = (
     "momentum", "BNP-momentum, gradient form", "BNP-momentum", "AdamW", "BNP-AdamW", "Muon", "BNP-Muon",
-    "BNP-Muon, no bound", "SOAP",
+    "BNP-Muon, a q each", "BNP-Muon, no bound", "SOAP",
 )  # fmt: skip
 SCHEDULE = "warm-up + decay"
 Results = Mapping[LanguageRun, Mapping[str, Any]]

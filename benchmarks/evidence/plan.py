@@ -13,6 +13,7 @@ from benchmarks.evidence.tasks import TASKS
 
 TUNING_SEED = 0
 FOLDED = tuple(name for name, c in CONTENDERS.items() if c.variant == "folded")
+OWN_Q = "BNP-Muon, a q each"
 RIVALS, MORE_SEEDS = ("Muon", "BNP-Muon", "SOAP", "BNP-SOAP"), tuple(range(6, 16))
 Results = Mapping[Run, Mapping[str, Any]]
 
@@ -172,10 +173,11 @@ PRESETS = {
             "short",
             (
                 Scope(
-                    "fashion", SHORT["fashion"], _MAIN + _QUICK_FOLDED, whole_grid=False, slow=_SLOW, untuned=_WRAPPED,
+                    "fashion", SHORT["fashion"], (*_MAIN, OWN_Q, *_QUICK_FOLDED), whole_grid=False, slow=_SLOW,
+                    untuned=_WRAPPED,
                     close=((16, "constant"), (4, "constant"), (16, "linear")),
                 ),
-                Scope("cifar", SHORT["cifar"], _LEAN + FOLDED + _HE, whole_grid=False),
+                Scope("cifar", SHORT["cifar"], (*_LEAN, OWN_Q, *FOLDED, *_HE), whole_grid=False),
                 Scope("resnet", SHORT["resnet"], _CORE + _QUICK_FOLDED, whole_grid=False),
                 Scope("mnist", SHORT["mnist"], _LEAN, whole_grid=False, slow=_SLOW),
                 Scope("digits", SHORT["digits"], whole_grid=False, slow=_SLOW),

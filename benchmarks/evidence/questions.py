@@ -14,7 +14,7 @@ from benchmarks.evidence.streaming_plan import INPUTS
 from benchmarks.evidence.streams import Inputs
 from benchmarks.evidence.variants import RESTARTS
 
-SCALES = ("trace", "spectral", "fan_in", None)
+SCALES = ("trace", "common", "spectral", "fan_in", None)
 
 
 TWO_SIDED, POSITIONS = "BNP-momentum, two-sided", "N = samples × positions"
@@ -98,6 +98,7 @@ QUESTIONS: dict[str, Question | StreamQuestion] = {
             "Which q²?",
             {**{n: CONTENDERS[n] for n in ("SGD", "momentum", "AdamW")}, **_scales()},
             {"fashion": _part("fashion", 256, 16, 1), "cifar": _part("cifar", 256, 16, 1)},
+            _against("trace", ["common"], ["SGD", "momentum, two-sided", "AdamW"]),
         ),
         Question(
             "step_scale_muon",

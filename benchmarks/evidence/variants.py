@@ -136,7 +136,7 @@ def restarting(standard_errors: float) -> Iterator[None]:
     """
     propose = StatisticsBank.propose
 
-    def proposed(self: Any, batch: Any, counts: Any = None) -> Any:
+    def proposed(self: Any, batch: Any, counts: Any = None) -> None:
         if not hasattr(self, "fast_"):
             options = replace(self.options, stat_decay=FAST, step_scale=None)
             self.fast_ = StatisticsBank(
@@ -147,8 +147,9 @@ def restarting(standard_errors: float) -> Iterator[None]:
         for i, row in enumerate(self.rows):
             if gaps[i] > standard_errors**2 * SPREAD * row.statistics:
                 self.restore(i, fast.snapshot(i))
-        fast.settle(propose(fast, batch, counts))
-        return propose(self, batch, counts)
+        propose(fast, batch, counts)
+        fast.settle(fast.conclude())
+        propose(self, batch, counts)
 
     with mock.patch.object(StatisticsBank, "propose", proposed):
         yield

@@ -25,6 +25,7 @@ CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "gradient form, momentum": ("mlp", sgd, {"mode": "gradient"}),
     "momentum": ("mlp", sgd, {}),
     "two-sided AdamW": ("mlp", adamw, {}),
+    "one q for all layers": ("mlp", adamw, {"step_scale": "common"}),
     "spectral": ("mlp", sgd, {"step_scale": "spectral", "mode": "gradient"}),
     "spectral, two-sided": ("wide", sgd, {"step_scale": "spectral"}),
     "fan_in, paper": ("wide", sgd, {"step_scale": "fan_in", "debias": False, "mode": "gradient"}),

@@ -189,7 +189,7 @@ class NoReads(TorchDispatchMode):
 def nothing_is_read(rank: int, world: int) -> Any:
     """The way of accelerators: counts stay tensors. One rank sees one layer late."""
     found = {}
-    for scale in ("trace", "spectral"):
+    for scale in ("trace", "common", "spectral"):
         runs = []
         for blind in (True, False):
             model = build()

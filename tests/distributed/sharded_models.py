@@ -121,6 +121,7 @@ OPTIMIZERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "SGD": (lambda p: torch.optim.SGD(p, lr=0.001, momentum=0.9), {"mode": "gradient"}),
     # entries whose gradient is nearly zero turn rounding into steps of Adam: a small rate keeps them small
     "AdamW": (lambda p: torch.optim.AdamW(p, lr=0.003), {}),
+    "one q for all layers": (lambda p: torch.optim.AdamW(p, lr=0.003), {"step_scale": "common"}),
     "two-sided momentum": (
         lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9, weight_decay=0.01),
         {"mode": "two_sided"},

@@ -173,7 +173,7 @@ class ReferenceBNP:
         variance: str = "total",
         direction: ArrayLike | None = None,
     ) -> None:
-        assert step_scale in (None, "fan_in", "trace", "spectral")
+        assert step_scale in (None, "fan_in", "trace", "common", "spectral")
         assert variance in ("total", "batch")
         assert 0 <= stat_decay < 1
         self.layer = layer
@@ -286,7 +286,7 @@ class ReferenceBNP:
             return 1.0
         if self.step_scale == "fan_in":
             return max(layer.fan_in / self._samples, 1.0)
-        if self.step_scale == "trace":
+        if self.step_scale in ("trace", "common"):  # of one layer the mean is its own
             second_moment = self._expectation(observations, self.mean)
             weights = layer.fan_in * layer.groups / layer.statistics  # of a row, that share a statistic
             trace = 1.0 + weights / layer.groups * float((second_moment / self.sigma**2).sum())
