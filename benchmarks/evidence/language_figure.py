@@ -19,6 +19,7 @@ from benchmarks.evidence.tables import Cell
 
 VARIANTS = {"BNP-momentum, gradient form": "BNP-momentum", "BNP-Muon, no bound": "BNP-Muon", OWN_Q: "BNP-Muon"}
 LINES = STYLES | {name: STYLES[of] | {"linestyle": ":", "marker": "s"} for name, of in VARIANTS.items()}
+LINES[OWN_Q] |= {"linestyle": "-.", "marker": "^"}
 
 
 def language_figure(

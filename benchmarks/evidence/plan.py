@@ -177,7 +177,7 @@ PRESETS = {
                     untuned=_WRAPPED,
                     close=((16, "constant"), (4, "constant"), (16, "linear")),
                 ),
-                Scope("cifar", SHORT["cifar"], (*_LEAN, OWN_Q, *FOLDED, *_HE), whole_grid=False),
+                Scope("cifar", SHORT["cifar"], (*_LEAN, OWN_Q, *FOLDED, *_HE), whole_grid=False, untuned=_WRAPPED),
                 Scope("resnet", SHORT["resnet"], _CORE + _QUICK_FOLDED, whole_grid=False),
                 Scope("mnist", SHORT["mnist"], _LEAN, whole_grid=False, slow=_SLOW),
                 Scope("digits", SHORT["digits"], whole_grid=False, slow=_SLOW),
