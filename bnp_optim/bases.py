@@ -111,7 +111,8 @@ def traits_of(base: Optimizer) -> BaseTraits:
             break
     if isinstance(base, torch.optim.SGD):
         return BaseTraits("gradient", False, None, adaptive=False)
-    return _UNKNOWN
+    # there are many Muons; how they decay may differ, but not that a step has one size
+    return replace(_UNKNOWN, scale="common") if any("Muon" in cls.__name__ for cls in type(base).__mro__) else _UNKNOWN
 
 
 def is_zero(base: Optimizer) -> bool:

@@ -75,8 +75,8 @@ class BNPreconditioner(AroundOptimizer):
             batch sizes;
             "common": the geometric mean of the layers' "trace", one for all, as Muon needs, whose steps have one size
             in every layer; "spectral": the largest eigenvalue by a power step; "fan_in": the paper's max(n/N, 1);
-            None: 1. "auto" picks "common" around torch's Muon, alone or in a combination, and "trace" around all
-            others (docs/ablations.md).
+            None: 1. "auto" picks "common" around every Muon (by the name of its class), alone or in a combination, and
+            "trace" around all others (docs/ablations.md).
         debias: Let the first batch count fully, as Adam's correction does; False starts from μ = 0, σ² = 1. True:
             otherwise the first 1/(1-ρ) steps are spoiled.
         variance: "total" includes the distance of batch means from the running mean; "batch" is the paper's, which

@@ -129,6 +129,10 @@ def muon_and_adamw(model: nn.Sequential) -> CombinedOptimizer:
     return CombinedOptimizer([torch.optim.Muon([model[0].weight]), torch.optim.AdamW(rest)])
 
 
+class SomebodysMuon(torch.optim.Optimizer):
+    def step(self, closure: Any = None) -> None: ...
+
+
 @needs_muon
 def test_auto_is_common_around_muon_and_the_layers_own_around_others() -> None:
     model = mlp()
@@ -143,6 +147,7 @@ def test_auto_is_common_around_muon_and_the_layers_own_around_others() -> None:
         assert len(set(q2_of(optimizer).values())) == 1
         assert "step_scale='trace'" in repr(BNPreconditioner(base, model, step_scale="trace"))
     assert "step_scale='common'" in repr(BNPMuon(model))
+    assert "step_scale='common'" in repr(BNPreconditioner(SomebodysMuon(model.parameters(), {"lr": 0.1}), model))
     for kind in (torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad):
         optimizer = BNPreconditioner(kind(model.parameters(), lr=0.01), model)  # type: ignore[call-arg]
         train(model, optimizer, inputs(2, batch=1))

@@ -24,7 +24,7 @@ from bnp_optim import BNPreconditioner, CombinedOptimizer
 
 SGD_RATES = (1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 ADAPTIVE_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1)
-# "trace" is what "auto" picks but around torch's Muon, which CPUMuon is not
+# "trace" is what "auto" picks but around Muon
 _DEFAULTS = {n: p.default for n, p in inspect.signature(BNPreconditioner).parameters.items()} | {"step_scale": "trace"}
 _IMPLIED = {"sgd": "gradient", "momentum": "gradient"}  # the form that keys and published results leave out
 _SGD_LIKE = ("sgd", "momentum", "kfac, no momentum", "shampoo")
@@ -183,7 +183,7 @@ PEERS: dict[str, Contender] = {  # everywhere
         Contender("AdamW", "adamw"),
         bnp("BNP-AdamW", "adamw"),
         Contender("Muon", "muon"),
-        bnp("BNP-Muon", "muon", step_scale="common"),  # as around torch's Muon
+        bnp("BNP-Muon", "muon", step_scale="common"),  # what "auto" picks
         Contender("BN + SGD", "sgd", "bn"),
         Contender("BN + AdamW", "adamw", "bn"),
         Contender("LN + SGD", "sgd", "ln"),
