@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from statistics import fmean, stdev
 from typing import Any
 
 import pytest
@@ -205,7 +206,7 @@ def _digits(wrapped: bool, lr: float, seed: int, batch: int, samples: int) -> fl
     [(16, 2688, 1e-2), pytest.param(1, 1000, 3e-2, marks=pytest.mark.slow)],
 )
 def test_the_wrapper_lifts_muon(batch: int, samples: int, lr: float) -> None:
-    """Measured: .968 against .921 at batch 16, .930 against .879 at batch 1 (means of seeds 0, 1, 2)."""
+    """Measured: .976 against .924 at batch 16, .920 against .877 at batch 1 (means of seeds 0 … 7)."""
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
-    lift = [_digits(True, lr, seed, batch, samples) - _digits(False, lr, seed, batch, samples) for seed in range(3)]
-    assert sum(lift) / 3 > 0.02 and min(lift) > 0
+    lift = [_digits(True, lr, seed, batch, samples) - _digits(False, lr, seed, batch, samples) for seed in range(8)]
+    assert fmean(lift) > max(0.02, 3 * stdev(lift) / 8**0.5)
