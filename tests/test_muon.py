@@ -206,7 +206,11 @@ def _digits(wrapped: bool, lr: float, seed: int, batch: int, samples: int) -> fl
     [(16, 2688, 1e-2), pytest.param(1, 1000, 3e-2, marks=pytest.mark.slow)],
 )
 def test_the_wrapper_lifts_muon(batch: int, samples: int, lr: float) -> None:
-    """Measured: .976 against .924 at batch 16, .920 against .877 at batch 1 (means of seeds 0 … 7)."""
+    """Measured: .976 against .924 at batch 16, .920 against .877 at batch 1 (means of seeds 0 … 7).
+
+    At 16 no seed loses; at 1, three times the default rate, one does (by .007; with a q for each layer none of 0 … 2).
+    """
     pytest.importorskip("sklearn", reason="scikit-learn is not installed")
     lift = [_digits(True, lr, seed, batch, samples) - _digits(False, lr, seed, batch, samples) for seed in range(8)]
     assert fmean(lift) > max(0.02, 3 * stdev(lift) / 8**0.5)
+    assert min(lift) > (0 if batch == 16 else -0.01)

@@ -199,13 +199,14 @@ PEERS: dict[str, Contender] = {  # everywhere
         Contender("Shampoo", "shampoo", slow=True),
     )
 }
+OWN_Q = "BNP-Muon, a q each"  # as before there was one for all layers
 _FOLDABLE = [f"{of}{base}" for of in ("", "BNP-") for base in ("SGD", "momentum", "AdamW", "Muon", "SOAP")]
 _STARTS = {"folded": _FOLDABLE, "He": ["BN + SGD", "BN + AdamW"]}  # batch normalization undoes a fold
 CONTENDERS = PEERS | {  # those for some tasks too
     c.name: c
     for c in (
         *(replace(PEERS[n], name=f"{n}, {start}", variant=start) for start, names in _STARTS.items() for n in names),
-        bnp("BNP-Muon, a q each", "muon"),
+        bnp(OWN_Q, "muon"),
         bnp("BNP-Muon, no bound", "muon", step_scale=None),
     )
 }

@@ -11,10 +11,10 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 
+from benchmarks.evidence.contenders import OWN_Q
 from benchmarks.evidence.figures import STYLES
 from benchmarks.evidence.language_engine import UNIFORM
 from benchmarks.evidence.language_plan import SCHEDULE, LanguageScope
-from benchmarks.evidence.plan import OWN_Q
 from benchmarks.evidence.tables import Cell
 
 VARIANTS = {"BNP-momentum, gradient form": "BNP-momentum", "BNP-Muon, no bound": "BNP-Muon", OWN_Q: "BNP-Muon"}

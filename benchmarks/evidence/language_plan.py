@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.evidence.contenders import CONTENDERS, Contender
+from benchmarks.evidence.contenders import CONTENDERS, OWN_Q, Contender
 from benchmarks.evidence.corpus import standard_library
 from benchmarks.evidence.language_engine import LanguageRun, Net
 from benchmarks.evidence.plan import TUNING_SEED
@@ -14,7 +14,7 @@ from benchmarks.evidence.tables import Cell
 
 METHODS = (
     "momentum", "BNP-momentum, gradient form", "BNP-momentum", "AdamW", "BNP-AdamW", "Muon", "BNP-Muon",
-    "BNP-Muon, a q each", "BNP-Muon, no bound", "SOAP",
+    OWN_Q, "BNP-Muon, no bound", "SOAP",
 )  # fmt: skip
 SCHEDULE = "warm-up + decay"
 Results = Mapping[LanguageRun, Mapping[str, Any]]

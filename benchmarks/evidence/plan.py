@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from benchmarks.evidence.contenders import CONTENDERS, PEERS, Contender
+from benchmarks.evidence.contenders import CONTENDERS, OWN_Q, PEERS, Contender
 from benchmarks.evidence.engine import SCHEDULES, Run
 from benchmarks.evidence.tasks import TASKS
 
 TUNING_SEED = 0
 FOLDED = tuple(name for name, c in CONTENDERS.items() if c.variant == "folded")
-OWN_Q = "BNP-Muon, a q each"
 RIVALS, MORE_SEEDS = ("Muon", "BNP-Muon", "SOAP", "BNP-SOAP"), tuple(range(6, 16))
 Results = Mapping[Run, Mapping[str, Any]]
 
