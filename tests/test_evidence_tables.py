@@ -75,7 +75,7 @@ def test_the_figure_of_folded_nets_has_them_beside_batch_normalization(
 
 
 def test_rates_are_chosen_on_the_tuning_seed_and_lifts_are_paired() -> None:
-    scope = Scope("toy", {10: 400}, ("SGD", "BNP-SGD"), ("constant",), (1, 2), whole_grid=False)
+    scope = Scope("toy", {10: 400}, ("SGD", "BNP-SGD"), ("constant",), (1, 2))
     results = made_up(scope)
     assert choose(scope, CONTENDERS["BNP-SGD"], 10, "constant", results) == 0.3
     reported = scope.reporting(results)
@@ -91,7 +91,7 @@ def test_rates_are_chosen_on_the_tuning_seed_and_lifts_are_paired() -> None:
 
 
 def test_close_cells_have_more_seeds_and_all_of_them_count() -> None:
-    scope = Scope("toy", {10: 400}, ("Muon", "SGD"), SCHEDULES, (1, 2), whole_grid=False, close=((10, "linear"),))
+    scope = Scope("toy", {10: 400}, ("Muon", "SGD"), SCHEDULES, (1, 2), close=((10, "linear"),))
     results: dict[Run, Any] = {run: {"accuracy": 0.5, "curve": []} for run in scope.tuning()}
     assert set(scope.reporting(results)) < set(scope.everything())  # which is what --fresh forgets
     for run in scope.reporting(results):
@@ -123,9 +123,7 @@ def test_one_rate_is_the_best_on_average() -> None:
 
 
 def test_what_the_one_rate_costs_is_reported_on_other_seeds() -> None:
-    scope = Scope(
-        "toy", {10: 400, 20: 400}, ("SGD", "AdamW"), ("constant",), (1, 2), whole_grid=False, untuned=("SGD",)
-    )
+    scope = Scope("toy", {10: 400, 20: 400}, ("SGD", "AdamW"), ("constant",), (1, 2), untuned=("SGD",))
     results = {run: {"accuracy": 0.1, "curve": []} for run in scope.tuning()}
     for (rate, batch_size), accuracy in {(0.03, 10): 0.7, (0.1, 10): 0.8, (0.03, 20): 0.8, (0.1, 20): 0.6}.items():
         results[scope.run(CONTENDERS["SGD"], batch_size, "constant", rate, 0)]["accuracy"] = accuracy
@@ -185,7 +183,7 @@ def test_step_times_are_kept_beside_those_of_before(tmp_path: Path) -> None:
 
 
 def test_the_whole_command_resumes_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    preset = Preset("toy", (Scope("toy", {10: 100}, ("SGD", "BNP-SGD"), seeds=(1, 2), whole_grid=False),))
+    preset = Preset("toy", (Scope("toy", {10: 100}, ("SGD", "BNP-SGD"), seeds=(1, 2)),))
     monkeypatch.setitem(PRESETS, "full", preset)
     monkeypatch.setitem(times.TARGETS, "toy", 0.5)
     arguments = ["--data-dir", str(tmp_path), "--output", str(tmp_path), "--workers", "1"]

@@ -23,8 +23,7 @@ class Scope:
 
     Args:
         samples: Seen in all, by batch size.
-        seeds: The reporting seeds.
-        whole_grid: Whether these run over the whole grid, or only at the rate that the tuning seed chose.
+        seeds: The reporting seeds, at the rate that the tuning seed chose.
         slow: Batch sizes and schedules of the slow contenders; None: all.
         untuned: These report at the one rate that is best for all batch sizes, too.
         close: Batch sizes and schedules where the contenders in RIVALS have MORE_SEEDS too, since the reporting seeds
@@ -36,7 +35,6 @@ class Scope:
     contenders: tuple[str, ...] = tuple(PEERS)
     schedules: tuple[str, ...] = SCHEDULES
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
-    whole_grid: bool = True
     slow: tuple[tuple[int, str], ...] | None = None
     untuned: tuple[str, ...] = ()
     close: tuple[tuple[int, str], ...] = ()
@@ -64,8 +62,7 @@ class Scope:
             for c, b, s in self.cells():
                 chosen = choose(self, c, b, s, results)
                 if chosen is not None and seed in self.seeds_of(c.name, b, s):
-                    rates = c.rates if self.whole_grid else (chosen,)
-                    runs += [self.run(c, b, s, rate, seed) for rate in rates]
+                    runs.append(self.run(c, b, s, chosen, seed))
         return runs
 
     def seeds_of(self, contender: str, batch_size: int, schedule: str) -> tuple[int, ...]:
@@ -166,36 +163,39 @@ PRESETS = {
     for p in (
         Preset(
             "full",
-            tuple(Scope(task.name, task.samples, _FULL.get(task.name, tuple(PEERS))) for task in TASKS.values()),
+            tuple(
+                Scope(task.name, task.samples, _FULL.get(task.name, tuple(PEERS)), untuned=_WRAPPED)
+                for task in TASKS.values()
+            ),
         ),
         Preset(
             "short",
             (
                 Scope(
-                    "fashion", SHORT["fashion"], (*_MAIN, OWN_Q, *_QUICK_FOLDED), whole_grid=False, slow=_SLOW,
+                    "fashion", SHORT["fashion"], (*_MAIN, OWN_Q, *_QUICK_FOLDED), slow=_SLOW,
                     untuned=_WRAPPED,
                     close=((16, "constant"), (4, "constant"), (16, "linear")),
                 ),
-                Scope("cifar", SHORT["cifar"], (*_LEAN, OWN_Q, *FOLDED, *_HE), whole_grid=False, untuned=_WRAPPED),
-                Scope("resnet", SHORT["resnet"], _CORE + _QUICK_FOLDED, whole_grid=False),
-                Scope("mnist", SHORT["mnist"], _LEAN, whole_grid=False, slow=_SLOW),
-                Scope("digits", SHORT["digits"], whole_grid=False, slow=_SLOW),
+                Scope("cifar", SHORT["cifar"], (*_LEAN, OWN_Q, *FOLDED, *_HE), untuned=_WRAPPED),
+                Scope("resnet", SHORT["resnet"], _CORE + _QUICK_FOLDED),
+                Scope("mnist", SHORT["mnist"], _LEAN, slow=_SLOW),
+                Scope("digits", SHORT["digits"], slow=_SLOW),
                 Scope(
-                    "sequential", SHORT["sequential"], _RECURRENT, seeds=(1, 2, 3), whole_grid=False,
+                    "sequential", SHORT["sequential"], _RECURRENT, seeds=(1, 2, 3),
                     slow=((16, "constant"),),
                 ),
             ),
-            "fewer tasks, samples and seeds; reporting seeds only at the rate that the tuning seed chose",
+            "fewer tasks, samples and seeds",
         ),
         Preset(
             "quick",
             (
                 Scope(
-                    "digits", QUICK, schedules=("constant",), seeds=(1, 2, 3), whole_grid=False,
+                    "digits", QUICK, schedules=("constant",), seeds=(1, 2, 3),
                     slow=((16, "constant"),),
                 ),
             ),
-            "one small task in minutes; reporting seeds only at the rate that the tuning seed chose",
+            "one small task in minutes",
         ),
     )
 }  # fmt: skip
