@@ -157,7 +157,7 @@ _CORE = tuple(n for n in _MAIN if PEERS[n].norm in ("none", "bn") and not PEERS[
 # singd's K-FAC trains Linear and Conv2d, and would leave an LSTM as it is, as fold_normalization would
 _RECURRENT = tuple(name for name in PEERS if CONTENDERS[name].norm in ("none", "ln") and name != "K-FAC")
 _EVERY = (*PEERS, *FOLDED, *_HE)
-_FULL = {"sequential": _RECURRENT, "cifar": _EVERY, "resnet": _EVERY}
+_FULL = {"sequential": _RECURRENT, "cifar": _EVERY, "resnet": _EVERY, "fashion": (*PEERS, *_QUICK_FOLDED)}
 PRESETS = {
     p.name: p
     for p in (
