@@ -143,7 +143,6 @@ SHORT = {
     "mnist": {1: 5_000, 16: 12_800, 64: 32_000},
     "resnet": {1: 2_000, 16: 6_400, 64: 6_400},
     "cifar": {1: 2_000, 4: 4_000, 16: 6_400, 64: 8_192, 256: 12_800},
-    "digits": {1: 2_600, 4: 5_200, 16: 13_000, 64: 13_000, 256: 13_000},
     "sequential": {1: 3_000, 16: 12_800, 64: 25_600},
 }
 QUICK = {1: 1_300, 16: 2_600}  # of the digits
@@ -179,7 +178,6 @@ PRESETS = {
                 Scope("cifar", SHORT["cifar"], (*_LEAN, OWN_Q, *FOLDED, *_HE), untuned=_WRAPPED),
                 Scope("resnet", SHORT["resnet"], _CORE + _QUICK_FOLDED),
                 Scope("mnist", SHORT["mnist"], _LEAN, slow=_SLOW),
-                Scope("digits", SHORT["digits"], slow=_SLOW),
                 Scope(
                     "sequential", SHORT["sequential"], _RECURRENT, seeds=(1, 2, 3),
                     slow=((16, "constant"),),
