@@ -17,8 +17,10 @@ __all__ = [
     "check_after_backward",
     "check_decay",
     "check_differentiable",
+    "check_max_norm",
     "check_objects",
     "check_options",
+    "check_whole_norm",
     "checked_skip",
 ]
 
@@ -150,6 +152,27 @@ def check_options(
     check_number("stat_interval", stat_interval, lambda x: 1 <= x < math.inf and x == int(x), whole)
     if max_observations is not None:
         check_number("max_observations", max_observations, lambda x: 1 <= x < math.inf and x == int(x), whole)
+
+
+def check_whole_norm(max_norm: Any, *, sharded: bool) -> None:
+    """Refuse to clip where no rank holds the norm."""
+    if sharded and max_norm is not None:
+        raise ValueError(
+            f"max_norm is {max_norm!r}, but weights are sharded, so that no rank holds the norm of Pᵀg: leave it None, "
+            "and clip g with torch.nn.utils.clip_grad_norm_"
+        )
+
+
+def check_max_norm(max_norm: Any, mode: str) -> None:
+    """Refuse what is no norm, and the form that has no Pᵀg to clip."""
+    if max_norm is None:
+        return
+    check_number("max_norm", max_norm, lambda x: 0 < x < math.inf, "above 0, such as 1.0, or None")
+    if mode == "gradient":
+        raise ValueError(
+            f"max_norm is {max_norm!r} with mode='gradient', which has no Pᵀg to clip: leave mode='auto', or clip g "
+            "with torch.nn.utils.clip_grad_norm_"
+        )
 
 
 def check_number(name: str, value: Any, valid: Callable[[float], bool], remedy: str) -> None:

@@ -75,6 +75,7 @@ class BNPMuon(NamedOptimizer):
         step_scale: StepScale | None = "auto",
         debias: bool = True,
         variance: Variance = "total",
+        max_norm: float | None = None,
         stat_interval: int = 1,
         max_observations: int | None = None,
         compiled: bool = False,

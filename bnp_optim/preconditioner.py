@@ -22,8 +22,10 @@ from bnp_optim.checks import (
     check_after_backward,
     check_decay,
     check_differentiable,
+    check_max_norm,
     check_objects,
     check_options,
+    check_whole_norm,
     checked_skip,
 )
 from bnp_optim.coverage import Coverage, coverage_of
@@ -81,6 +83,11 @@ class BNPreconditioner(AroundOptimizer):
             otherwise the first 1/(1-ρ) steps are spoiled.
         variance: "total" includes the distance of batch means from the running mean; "batch" is the paper's, which
             is zero at batch size 1.
+        max_norm: Clip the norm of Pᵀg over all preconditioned parameters together at this, as ``clip_grad_norm_`` does
+            with g, but in coordinates in which neither the inputs' units nor an ill-conditioned layer decide what is
+            large. It makes ten times the rate usable around SGD with momentum and a decaying rate; there 1.0 is where
+            to start (docs/ablations.md). None: bases that adapt do not need it, and at a constant rate it gains
+            nothing. Needs the two-sided form, which "auto" then picks, and weights that are not sharded.
         stat_interval: Measure every k-th step only; in between μ, σ̃ and q stay. 1: exact.
         max_observations: Of more observations (samples × positions) in one forward call of a layer, measure about so
             many: every k-th row of positions, another one at each call. None: all, which is exact.
@@ -112,6 +119,7 @@ class BNPreconditioner(AroundOptimizer):
         step_scale: StepScale | None = "auto",
         debias: bool = True,
         variance: Variance = "total",
+        max_norm: float | None = None,
         stat_interval: int = 1,
         max_observations: int | None = None,
         compiled: bool = False,
@@ -122,17 +130,22 @@ class BNPreconditioner(AroundOptimizer):
             raise TypeError("optimizer is already a BNPreconditioner: wrap the base optimizer once")
         check_objects(optimizer, model)
         check_options(stat_decay, var_rel_eps, var_eps, mode, step_scale, variance, stat_interval, max_observations)
+        check_max_norm(max_norm, mode)
         max_observations = None if max_observations is None else int(max_observations)
         rules = checked_skip(skip, model)
+        mode = "two_sided" if mode == "auto" and max_norm is not None else mode
+        settings: dict[str, Any] = {"mode": mode, "skip": rules, "max_norm": max_norm}
+        settings |= {"stat_interval": int(stat_interval), "compiled": bool(compiled)}
         self._setup(
             optimizer,
             model,
             StatisticsOptions(stat_decay, var_rel_eps, var_eps, step_scale, bool(debias), variance, max_observations),
-            {"mode": mode, "stat_interval": int(stat_interval), "skip": rules, "compiled": bool(compiled)},
+            settings,
             Ranks(checked_group(process_group)),
         )
         try:
             check_decay(optimizer, self._form)
+            check_whole_norm(max_norm, sharded=self._tracker.sharded)
             check_differentiable(optimizer, has_layers=bool(self._tracker.layers))
             self._advise(at_the_door(optimizer, model, self._form, self._tracker))
         except (ValueError, Warning):  # warnings may be errors: leave the model as it was
@@ -164,9 +177,9 @@ class BNPreconditioner(AroundOptimizer):
         self._form = self._traits.form if settings["mode"] == "auto" else settings["mode"]
         self._options = options if options.step_scale != "auto" else replace(options, step_scale=self._traits.scale)
         self._about = {"the base": type(optimizer).__name__, "the form": self._form} | vars(self._options)
-        self._about |= {key: settings[key] for key in ("stat_interval", "compiled")}
+        self._about |= {key: settings.get(key) for key in ("stat_interval", "compiled", "max_norm")}
         self._apply = CompiledTransforms() if settings["compiled"] else apply_to_all
-        self._z = ZCoordinates(optimizer, self._apply)
+        self._z = ZCoordinates(optimizer, self._apply, settings.get("max_norm"))  # pickles of before have none
         # an object: clients copy our __dict__ and must see the same count
         self._progress = {"steps": 0, "started": 0}
         self._warned: set[str] = set()

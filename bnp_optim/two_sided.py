@@ -31,12 +31,19 @@ class ZCoordinates:
     Args:
         base: The base optimizer.
         apply: Runs a transform on all layers.
+        max_norm: Clip the norm of Pᵀg at this; None: do not.
     """
 
-    def __init__(self, base: Optimizer, apply: Callable[[Callable[..., None], Sequence[Task]], None]) -> None:
+    def __init__(
+        self,
+        base: Optimizer,
+        apply: Callable[[Callable[..., None], Sequence[Task]], None],
+        max_norm: float | None = None,
+    ) -> None:
         self._leaves = [(leaf, traits_of(leaf)) for leaf in leaves_of(base)]
         self._additive = all(traits.additive for _, traits in self._leaves)
         self._apply = apply
+        self._max_norm = max_norm
         self._buffers: dict[int, Tensor] = {}
 
     def step(
@@ -60,6 +67,8 @@ class ZCoordinates:
                 p.grad.add_(p, alpha=l2)
         apply = over_columns(self._apply) if sharded else self._apply
         apply(to_z, [gradient_task(x, f) for x, f in layers])
+        if self._max_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, self._max_norm)
 
         held = [local(p) for p in parameters] if sharded else parameters
         self._buffers = {id(p): self._buffer(id(p), h) for p, h in zip(parameters, held, strict=True)}

@@ -34,7 +34,7 @@ def toy_task(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", [n for n, c in CONTENDERS.items() if c.base not in contenders.PACKAGES])
 def test_every_contender_learns_the_toy(name: str) -> None:
-    run = toy(name, {"adaptive": 0.01, "sgd": 0.1}["adaptive" if CONTENDERS[name].rates[0] < 1e-3 else "sgd"])
+    run = toy(name, {"sgd": 0.1, "momentum": 0.03}.get(CONTENDERS[name].base, 0.01))
     result = train(replace(run, samples=2000), split())
     assert result["accuracy"] > 0.85 and not result["diverged"], result["accuracy"]
     assert result["curve"][-1][0] == 2000

@@ -20,7 +20,8 @@ from bnp_optim import fold_normalization
 WIDTHS = (8, 6)
 RATES = (0.003, 0.02)
 CHOSEN = [
-    *(CONTENDERS[n] for n in ("SGD", "AdamW", "BNP-SGD", "BNP-AdamW", "ON + SGD", "ON + AdamW")),
+    *(CONTENDERS[n] for n in ("SGD", "momentum", "AdamW", "BNP-SGD", "BNP-momentum", "BNP-AdamW")),
+    *(CONTENDERS[n] for n in ("ON + SGD", "ON + AdamW")),
     bnp("BNP-SGD, ρ = .9", "sgd", stat_decay=0.9, var_rel_eps=1e-4, var_eps=1e-3),
     bnp("BNP-AdamW, unbounded", "adamw", step_scale=None),
     bnp("BNP-SGD, feature floors", "sgd", "feature floors"),
@@ -76,7 +77,7 @@ def shifting(classes: int) -> Stream:
 
 
 CASES = [(c, classes, 0) for c in CHOSEN for classes in (3, 0)]
-CASES += [(CONTENDERS[name], 3, 10) for name in ("SGD", "BNP-SGD", "BNP-AdamW")]
+CASES += [(CONTENDERS[name], 3, 10) for name in ("SGD", "BNP-SGD", "BNP-momentum", "BNP-AdamW")]
 CASES += [(bnp("BNP-SGD, layer floors", "sgd", "layer floors"), 3, 10)]
 
 
@@ -140,5 +141,5 @@ def test_a_replica_that_diverges_leaves_the_others_alone() -> None:
 
 
 def test_what_is_not_written_out_is_not_supported() -> None:
-    assert not supports(CONTENDERS["Muon"]) and not supports(CONTENDERS["BNP-momentum"])
+    assert not supports(CONTENDERS["Muon"]) and not supports(CONTENDERS["BNP-momentum, gradient form"])
     assert not supports(bnp("", "sgd", step_scale="spectral")) and not supports(bnp("", "sgd", mode="two_sided"))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from benchmarks.evidence.muon import CPUMuon
-from benchmarks.evidence.variants import FOLD, VARIANTS
+from benchmarks.evidence.variants import FOLD, MAX_NORM, VARIANTS
 from benchmarks.workloads import Norm, mlp, norm2d
 from bnp_optim import BNPreconditioner, CombinedOptimizer
 
@@ -61,6 +61,9 @@ class Contender:
 
     def make(self, model: nn.Module, learning_rate: float) -> Optimizer:
         """Its optimizer for ``model``."""
+        return VARIANTS[self.variant].clipping(self._make(model, learning_rate))
+
+    def _make(self, model: nn.Module, learning_rate: float) -> Optimizer:
         base = BASES[self.base](model, learning_rate)
         if self.bnp is None:
             return base
@@ -208,6 +211,13 @@ CONTENDERS = PEERS | {  # those for some tasks too
         *(replace(PEERS[n], name=f"{n}, {start}", variant=start) for start, names in _STARTS.items() for n in names),
         bnp(OWN_Q, "muon"),
         bnp("BNP-Muon, no bound", "muon", step_scale=None),
+        bnp("BNP-momentum, clipped", "momentum", max_norm=MAX_NORM),
+        bnp("BNP-momentum, folded, clipped", "momentum", "folded", max_norm=MAX_NORM),
+        *(replace(PEERS[n], name=f"{n}, g clipped", variant="g clipped") for n in ("momentum", "BN + SGD")),
+        *(
+            replace(PEERS[n], name=f"{n}, folded, g clipped", variant="folded, g clipped")
+            for n in ("momentum", "BNP-momentum")
+        ),
     )
 }
 NOTES = {
@@ -217,6 +227,8 @@ NOTES = {
     "ON": "Online Normalization, α_f 0.999, α_b 0.99, layer scaling",
     "Muon": "on all weights but the head's, at 10 × the rate of the AdamW on the rest",
     "folded": f"fold_normalization on the first {FOLD} training inputs, before the first step",
+    "clipped": f"max_norm={MAX_NORM:g}, of Pᵀg",
+    "g clipped": f"clip_grad_norm_ at {MAX_NORM:g}",
     "He": "He's initialization of the convolutions",
     "K-FAC": "singd's SINGD (kfac_like, dense factors scaled by the batch size, T = 1, no momentum, damping .1, lr_cov "
     "rising from .01 to .1, or .01 × batch size, in 50 steps)",

@@ -28,13 +28,16 @@ from benchmarks.workloads import mlp
 from bnp_optim import fold_normalization
 from bnp_optim.units import UNITS
 
+WRITTEN_OUT = {("sgd", "none"), ("momentum", "none"), ("adamw", "none"), ("sgd", "on"), ("adamw", "on")}
+
 
 def supports(contender: Contender) -> bool:
     """Whether it is written out: SGD, momentum and AdamW, Online Normalization, and BNP with some of its options."""
     options = dict(contender.bnp or ())
+    form = options.pop("mode", None)  # left out where it is the only one, or the one of before
     return (
-        contender.base in ("sgd", "adamw")
-        and contender.norm in ("none", "on")
+        (contender.base, contender.norm) in WRITTEN_OUT
+        and form == ("two_sided" if contender.base == "momentum" and contender.bnp is not None else None)
         and set(options) <= OPTIONS
         and options.get("step_scale", "trace") in ("trace", None)
         and contender.variant in VARIANTS
@@ -54,6 +57,21 @@ class Adam:
         self.square.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
         root = self.square.sqrt().div_((1 - 0.999**self.steps) ** 0.5).add_(1e-8)
         return (self.mean / root).mul_(self.rates * (-1 / (1 - 0.9**self.steps)))
+
+
+class Momentum:
+    """The buffer of one parameter of all replicas, and the update that SGD with momentum .9 makes of it."""
+
+    def __init__(self, like: Tensor, rates: Tensor) -> None:
+        self.buffer = torch.zeros_like(like)
+        self.rates = rates.view(-1, *(1,) * (like.dim() - 1))
+
+    def update(self, gradient: Tensor) -> Tensor:
+        return self.buffer.mul_(0.9).add_(gradient) * -self.rates
+
+
+REMEMBER: dict[str, type[Adam] | type[Momentum]] = {"adamw": Adam, "momentum": Momentum}
+DECAY = {"adamw": 0.01, "momentum": 0.0}  # their defaults in torch
 
 
 class Online:
@@ -109,9 +127,10 @@ class Stack:
         ]
         first = self.weights[0]
         self.rates = torch.tensor(rates, dtype=first.dtype)
-        self.adaptive = contender.base == "adamw"
-        self.adams = [Adam(w, self.rates) for w in self.weights] if self.adaptive else []
-        self.bias_adams = [None if b is None else Adam(b, self.rates) for b in self.biases] if self.adaptive else []
+        base = REMEMBER.get(contender.base)
+        self.decay = DECAY.get(contender.base, 0.0)
+        self.bases = [base(w, self.rates) for w in self.weights] if base else []
+        self.bias_bases = [None if b is None else base(b, self.rates) for b in self.biases] if base else []
         units = [
             torch.stack([m._buffers[UNITS] for m in same]) if UNITS in same[0]._buffers else None  # type: ignore[misc]
             for same in zip(*linear, strict=True)
@@ -122,7 +141,7 @@ class Stack:
             if contender.bnp is not None
         ]
         self.norms = [
-            Online(len(models), w.shape[1], self.rates, self.adaptive, first)
+            Online(len(models), w.shape[1], self.rates, contender.base == "adamw", first)
             for w in (self.weights[:-1] if contender.norm == "on" else ())
         ]
 
@@ -151,8 +170,8 @@ class Stack:
     def _step(self, i: int, delta: Tensor) -> None:
         w, b, a, rates = self.weights[i], self.biases[i], self.inputs[i], self.rates[:, None]
         if not self.statistics:
-            if self.adaptive:
-                self._adamw(i, _outer(delta, a), delta)
+            if self.bases:
+                self._add(i, self.bases[i].update(_outer(delta, a)), self._bias_update(i, delta))
                 return
             w.baddbmm_((-rates * delta).unsqueeze(2), a.unsqueeze(1))
             if b is not None:
@@ -161,25 +180,28 @@ class Stack:
         centred, inverse, q2 = self.statistics[i].update(a)
         mean = self.statistics[i].mean
         assert b is not None
-        if not self.adaptive:
+        if not self.bases:
             row = centred * inverse / q2
             w.baddbmm_((-rates * delta).unsqueeze(2), row.unsqueeze(1))
             b.sub_(rates * delta * (1 / q2 - (row * mean).sum(1, keepdim=True)))
             return
         scale, inv_q = inverse.sqrt() / q2.sqrt() * (not self.statistics[i].single), q2.rsqrt()
-        dz = self.adams[i].update(_outer(delta, centred * scale)).mul_(scale.unsqueeze(1))
-        bias_adam = self.bias_adams[i]
-        assert bias_adam is not None
-        dz_bias = bias_adam.update(delta * inv_q) * inv_q - torch.bmm(dz, mean.unsqueeze(2)).squeeze(2)
-        w.mul_((1 - 0.01 * rates).unsqueeze(2)).add_(dz)
-        b.mul_(1 - 0.01 * rates).add_(dz_bias)
+        dz = self.bases[i].update(_outer(delta, centred * scale)) * scale.unsqueeze(1)
+        dz_bias = self._bias_update(i, delta * inv_q)
+        assert dz_bias is not None
+        self._add(i, dz, dz_bias * inv_q - torch.bmm(dz, mean.unsqueeze(2)).squeeze(2))
 
-    def _adamw(self, i: int, gradient: Tensor, bias_gradient: Tensor) -> None:
-        keep = 1 - 0.01 * self.rates
-        self.weights[i].mul_(keep[:, None, None]).add_(self.adams[i].update(gradient))
-        b, adam = self.biases[i], self.bias_adams[i]
-        if b is not None and adam is not None:
-            b.mul_(keep[:, None]).add_(adam.update(bias_gradient))
+    def _bias_update(self, i: int, gradient: Tensor) -> Tensor | None:
+        base = self.bias_bases[i]
+        return None if base is None else base.update(gradient)
+
+    def _add(self, i: int, update: Tensor, bias_update: Tensor | None) -> None:
+        """Decoupled decay, as of AdamW, and the update."""
+        keep = 1 - self.decay * self.rates
+        self.weights[i].mul_(keep[:, None, None]).add_(update)
+        b = self.biases[i]
+        if b is not None and bias_update is not None:
+            b.mul_(keep[:, None]).add_(bias_update)
 
 
 def _outer(rows: Tensor, columns: Tensor) -> Tensor:

@@ -36,6 +36,9 @@ COLORS = {
     "SGD": ("#56B4E9", "--"),
     "BNP-SGD": ("#0072B2", "-"),
     "BNP-SGD, folded": ("#0072B2", ":"),
+    "momentum": ("#8FD6C0", "--"),
+    "BNP-momentum": ("#009E73", "-"),
+    "BNP-momentum, folded": ("#009E73", ":"),
     "AdamW": ("#E69F00", "--"),
     "BNP-AdamW": ("#D55E00", "-"),
     "BNP-AdamW, folded": ("#D55E00", ":"),
@@ -235,7 +238,7 @@ def figure(streams: Mapping[str, int], seeds: Sequence[int], chosen: Chosen, res
     for ax in axes[-1]:
         ax.set_xlabel("samples")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    grid.legend(handles, labels, loc="lower center", ncols=8 if columns > 2 else 3, frameon=False)
-    grid.tight_layout(rect=(0, 0.035 if columns > 2 else 0.09, 1, 1))
+    grid.legend(handles, labels, loc="lower center", ncols=6 if columns > 2 else 3, frameon=False)
+    grid.tight_layout(rect=(0, 0.05 if columns > 2 else 0.09, 1, 1))
     grid.savefig(path, dpi=100)
     plt.close(grid)

@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from bnp_optim import fold_normalization
 from bnp_optim.bank import StatisticsBank
@@ -29,16 +30,29 @@ class Variant:
         prepare: The net as it wants it.
         start: Given the net and FOLD inputs, change its initial weights; None: leave them.
         leaves_out: Of a net's layers, in the order of the net, those that are not preconditioned.
+        clip: The norm at which the gradient of all parameters is clipped, before any preconditioning; None: it is not.
     """
 
     context: Callable[[], AbstractContextManager[None]] = nullcontext
     prepare: Callable[[nn.Module], nn.Module] = lambda model: model
     start: Callable[[nn.Module, Tensor], Any] | None = None
     leaves_out: Callable[[Layers], Layers] = lambda layers: ()
+    clip: float | None = None
+
+    def clipping(self, optimizer: Optimizer) -> Optimizer:
+        """``optimizer``, whose steps clip first if they should."""
+        if self.clip is not None:
+            parameters, norm = [p for group in optimizer.param_groups for p in group["params"]], self.clip
+            optimizer.register_step_pre_hook(lambda *_: _clip(parameters, norm))
+        return optimizer
 
     def left_out(self, model: nn.Module) -> Layers:
         """For the option ``skip``."""
         return self.leaves_out([m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)])
+
+
+def _clip(parameters: list[Tensor], norm: float) -> None:
+    nn.utils.clip_grad_norm_(parameters, norm)
 
 
 class PositionsConv2d(nn.Conv2d):
@@ -156,6 +170,7 @@ def restarting(standard_errors: float) -> Iterator[None]:
 
 
 FOLD = 256  # inputs that fold_normalization sees
+MAX_NORM = 1.0  # where clipped contenders clip
 
 
 @torch.no_grad()
@@ -173,6 +188,8 @@ VARIANTS: dict[str, Variant] = {
     "": Variant(),
     "folded": Variant(start=fold_normalization),
     "He": Variant(prepare=he_start),
+    "g clipped": Variant(clip=MAX_NORM),
+    "folded, g clipped": Variant(start=fold_normalization, clip=MAX_NORM),
     "positions": Variant(prepare=with_positions),
     "feature floors": Variant(feature_floors),
     "geometric floors": Variant(geometric_floors),

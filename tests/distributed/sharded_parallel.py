@@ -77,6 +77,11 @@ def tensor_parallel() -> Any:
         answers["spectral"] = "no error"
     except ValueError as error:
         answers["spectral"] = str(error)
+    try:
+        BNPreconditioner(torch.optim.SGD(model.parameters(), lr=0.1), model, max_norm=1.0)
+        answers["max_norm"] = "no error"
+    except ValueError as error:
+        answers["max_norm"] = str(error)
     return answers
 
 
