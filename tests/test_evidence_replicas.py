@@ -29,6 +29,8 @@ CHOSEN = [
     bnp("BNP-AdamW, geometric floors", "adamw", "geometric floors"),
     bnp("BNP-SGD, no debias", "sgd", debias=False),
     bnp("BNP-AdamW, no debias", "adamw", debias=False),
+    bnp("BNP-momentum, clipped", "momentum", max_norm=0.7),
+    bnp("BNP-AdamW, clipped", "adamw", max_norm=0.7),
     bnp("BNP-SGD, restart at 3", "sgd", "restart at 3"),
     bnp("BNP-AdamW, restart at 5", "adamw", "restart at 5"),
 ]

@@ -8,7 +8,7 @@ from torch import Tensor
 from benchmarks.evidence.contenders import Contender
 from benchmarks.evidence.variants import FAST, RESTARTS, SPREAD
 
-OPTIONS = {"stat_decay", "var_rel_eps", "var_eps", "step_scale", "debias"}  # those that are written out
+OPTIONS = {"stat_decay", "var_rel_eps", "var_eps", "step_scale", "debias", "max_norm"}  # those that are written out
 VARIANTS = {"", "feature floors", "geometric floors", "first floors", "layer floors", *RESTARTS}
 
 

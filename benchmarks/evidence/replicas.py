@@ -127,6 +127,7 @@ class Stack:
         ]
         first = self.weights[0]
         self.rates = torch.tensor(rates, dtype=first.dtype)
+        self.max_norm = dict(contender.bnp or ()).get("max_norm")
         base = REMEMBER.get(contender.base)
         self.decay = DECAY.get(contender.base, 0.0)
         self.bases = [base(w, self.rates) for w in self.weights] if base else []
@@ -160,35 +161,57 @@ class Stack:
 
     def learn(self, delta: Tensor) -> None:
         """One step, given the loss's gradient with respect to the outputs."""
-        for i in range(len(self.weights) - 1, -1, -1):
-            below = torch.bmm(delta.unsqueeze(1), self.weights[i]).squeeze(1) if i else None
-            self._step(i, delta)
-            if below is not None:
-                delta = below * (self.inputs[i] > 0)
-                delta = self.norms[i - 1].backward(delta) if self.norms else delta
-
-    def _step(self, i: int, delta: Tensor) -> None:
-        w, b, a, rates = self.weights[i], self.biases[i], self.inputs[i], self.rates[:, None]
+        deltas = [delta]
+        for i in range(len(self.weights) - 1, 0, -1):
+            below = torch.bmm(deltas[0].unsqueeze(1), self.weights[i]).squeeze(1) * (self.inputs[i] > 0)
+            deltas.insert(0, self.norms[i - 1].backward(below) if self.norms else below)
         if not self.statistics:
-            if self.bases:
-                self._add(i, self.bases[i].update(_outer(delta, a)), self._bias_update(i, delta))
-                return
-            w.baddbmm_((-rates * delta).unsqueeze(2), a.unsqueeze(1))
-            if b is not None:
-                b.addcmul_(rates, delta, value=-1)
+            for i, delta in enumerate(deltas):
+                self._step_plainly(i, delta)
             return
-        centred, inverse, q2 = self.statistics[i].update(a)
-        mean = self.statistics[i].mean
-        assert b is not None
+        found = [of.update(a) for of, a in zip(self.statistics, self.inputs, strict=True)]
         if not self.bases:
-            row = centred * inverse / q2
-            w.baddbmm_((-rates * delta).unsqueeze(2), row.unsqueeze(1))
-            b.sub_(rates * delta * (1 / q2 - (row * mean).sum(1, keepdim=True)))
+            for i, delta in enumerate(deltas):
+                self._step_by_gradient(i, delta, *found[i])
             return
-        scale, inv_q = inverse.sqrt() / q2.sqrt() * (not self.statistics[i].single), q2.rsqrt()
-        dz = self.bases[i].update(_outer(delta, centred * scale)) * scale.unsqueeze(1)
+        rows = [self._row(i, *found[i]) for i in range(len(found))]
+        if self.max_norm is not None:
+            squares = [
+                d.square().sum(1) * (row.square().sum(1) + one[:, 0] ** 2)
+                for d, (row, _, one) in zip(deltas, rows, strict=True)
+            ]
+            shrink = (self.max_norm / (torch.stack(squares).sum(0).sqrt() + 1e-6)).clamp_max(1)
+            deltas = [delta * shrink[:, None] for delta in deltas]
+        for i, delta in enumerate(deltas):
+            self._step_in_z(i, delta, *rows[i])
+
+    def _step_plainly(self, i: int, delta: Tensor) -> None:
+        w, b, a, rates = self.weights[i], self.biases[i], self.inputs[i], self.rates[:, None]
+        if self.bases:
+            self._add(i, self.bases[i].update(_outer(delta, a)), self._bias_update(i, delta))
+            return
+        w.baddbmm_((-rates * delta).unsqueeze(2), a.unsqueeze(1))
+        if b is not None:
+            b.addcmul_(rates, delta, value=-1)
+
+    def _step_by_gradient(self, i: int, delta: Tensor, centred: Tensor, inverse: Tensor, q2: Tensor) -> None:
+        """SGD, whose step P maps as it is."""
+        b, rates = self.biases[i], self.rates[:, None]
+        assert b is not None
+        row = centred * inverse / q2
+        self.weights[i].baddbmm_((-rates * delta).unsqueeze(2), row.unsqueeze(1))
+        b.sub_(rates * delta * (1 / q2 - (row * self.statistics[i].mean).sum(1, keepdim=True)))
+
+    def _row(self, i: int, centred: Tensor, inverse: Tensor, q2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The input in z, what scales Δz back to w, and 1/q, which is both for the bias."""
+        scale = inverse.sqrt() / q2.sqrt() * (not self.statistics[i].single)
+        return centred * scale, scale, q2.rsqrt()
+
+    def _step_in_z(self, i: int, delta: Tensor, row: Tensor, scale: Tensor, inv_q: Tensor) -> None:
+        dz = self.bases[i].update(_outer(delta, row)) * scale.unsqueeze(1)
         dz_bias = self._bias_update(i, delta * inv_q)
         assert dz_bias is not None
+        mean = self.statistics[i].mean
         self._add(i, dz, dz_bias * inv_q - torch.bmm(dz, mean.unsqueeze(2)).squeeze(2))
 
     def _bias_update(self, i: int, gradient: Tensor) -> Tensor | None:

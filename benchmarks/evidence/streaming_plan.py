@@ -11,7 +11,8 @@ from benchmarks.evidence.progressive import StreamRun
 from benchmarks.evidence.streams import Inputs
 
 _BNP = tuple(f"BNP-{base}{fold}" for base in ("SGD", "momentum", "AdamW") for fold in ("", ", folded"))
-NETS = ("SGD", *_BNP[:2], "momentum", *_BNP[2:4], "AdamW", *_BNP[4:], "ON + SGD", "ON + AdamW")
+_CLIPPED = "BNP-momentum, clipped, folded"
+NETS = ("SGD", *_BNP[:2], "momentum", *_BNP[2:4], _CLIPPED, "AdamW", *_BNP[4:], "ON + SGD", "ON + AdamW")
 FOLDED, FOLD_AFTER = ", folded", 20
 INPUTS: tuple[Inputs, ...] = ("raw", "scaled")
 TUNING_SEED = 0

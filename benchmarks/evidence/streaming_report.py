@@ -39,6 +39,7 @@ COLORS = {
     "momentum": ("#8FD6C0", "--"),
     "BNP-momentum": ("#009E73", "-"),
     "BNP-momentum, folded": ("#009E73", ":"),
+    "BNP-momentum, clipped, folded": ("#000000", ":"),
     "AdamW": ("#E69F00", "--"),
     "BNP-AdamW": ("#D55E00", "-"),
     "BNP-AdamW, folded": ("#D55E00", ":"),
