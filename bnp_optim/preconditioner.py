@@ -104,7 +104,8 @@ class BNPreconditioner(AroundOptimizer):
             ``model`` is no module or contains ``nn.DataParallel``; if an option is of the wrong type; if FSDP1,
             DeepSpeed or an optimizer inside backward has the parameters.
         ValueError: if an option is out of its range, a name in ``skip`` fits no module, or the base was built with
-            ``differentiable=True``, or is a ZeroRedundancyOptimizer whose weight decay the two-sided form cannot see.
+            ``differentiable=True``, or is a ZeroRedundancyOptimizer whose weight decay the two-sided form cannot see;
+            if ``max_norm`` comes with mode="gradient" or sharded weights.
     """
 
     def __init__(

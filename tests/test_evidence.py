@@ -22,7 +22,7 @@ from benchmarks.evidence.plan import PRESETS
 from benchmarks.evidence.runner import Cache, published, run_all
 from benchmarks.evidence.tasks import TASKS
 from benchmarks.evidence.variants import he_start
-from benchmarks.workloads import cnn
+from benchmarks.workloads import cnn, mlp
 from bnp_optim import BNPreconditioner
 from tests.evidence_toy import TOY, split, toy
 
@@ -212,6 +212,22 @@ def test_what_is_forgotten_is_run_again(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_no_run_begins_after_the_time_is_up(tmp_path: Path) -> None:
     assert run_all([toy()], Cache(tmp_path), tmp_path, until=0.0) == {}
+
+
+@pytest.mark.parametrize("name", ["momentum, g clipped", "BN + SGD, g clipped"])
+def test_what_is_g_clipped_steps_by_clipped_gradients(name: str) -> None:
+    torch.manual_seed(0)
+    contender, x = CONTENDERS[name], 50 * torch.randn(8, 5)
+    model = mlp((5, 4, 3), contender.norm)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = contender.make(model, 0.1)
+    torch.nn.functional.cross_entropy(100 * model(x), torch.arange(8) % 3).backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    norm = torch.cat([g.flatten() for g in gradients]).norm()
+    assert norm > 10
+    optimizer.step()
+    for p, start, g in zip(model.parameters(), before, gradients, strict=True):
+        torch.testing.assert_close(p.detach(), start - 0.1 * g / norm, rtol=1e-4, atol=1e-6)
 
 
 def test_a_folded_net_starts_from_the_first_inputs_of_its_run_normalized(monkeypatch: pytest.MonkeyPatch) -> None:
