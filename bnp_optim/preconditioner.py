@@ -85,9 +85,9 @@ class BNPreconditioner(AroundOptimizer):
             is zero at batch size 1.
         max_norm: Clip the norm of Pᵀg over all preconditioned parameters together at this, as ``clip_grad_norm_`` does
             with g, but in coordinates in which neither the inputs' units nor an ill-conditioned layer decide what is
-            large. It makes ten times the rate usable around SGD with momentum and a decaying rate; there 1.0 is where
-            to start (docs/ablations.md). None: bases that adapt do not need it, and at a constant rate it gains
-            nothing. Needs the two-sided form, which "auto" then picks, and weights that are not sharded.
+            large. Around SGD with momentum and with a decaying rate it makes higher rates usable, and gains; there 1.0
+            is where to start (docs/ablations.md). None: at a constant rate it gains nothing, and steps below the best
+            rate become slower. Needs the two-sided form, which "auto" then picks, and weights that are not sharded.
         stat_interval: Measure every k-th step only; in between μ, σ̃ and q stay. 1: exact.
         max_observations: Of more observations (samples × positions) in one forward call of a layer, measure about so
             many: every k-th row of positions, another one at each call. None: all, which is exact.

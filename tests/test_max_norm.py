@@ -95,6 +95,7 @@ def test_what_is_clipped_does_not_depend_on_the_units_of_folded_inputs() -> None
 
 
 def test_parameters_that_pass_through_neither_count_nor_change() -> None:
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3))
     optimizer = momentum(model, max_norm=1e-3)
     norm = model[1]

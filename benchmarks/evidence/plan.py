@@ -157,8 +157,12 @@ _CORE = tuple(n for n in _MAIN if PEERS[n].norm in ("none", "bn") and not PEERS[
 _RECURRENT = tuple(name for name in PEERS if CONTENDERS[name].norm in ("none", "ln") and name != "K-FAC")
 _CLIPPED = tuple(name for name in CONTENDERS if name.endswith("clipped"))
 _EVERY = (*PEERS, *FOLDED, *_HE)
-_FULL = {"sequential": _RECURRENT, "cifar": (*_EVERY, *_CLIPPED), "resnet": _EVERY}
-_FULL["fashion"] = (*PEERS, *_QUICK_FOLDED, *_CLIPPED)
+_FULL = {
+    "sequential": _RECURRENT,
+    "cifar": (*_EVERY, *_CLIPPED),
+    "resnet": _EVERY,
+    "fashion": (*PEERS, *_QUICK_FOLDED, *_CLIPPED),
+}
 PRESETS = {
     p.name: p
     for p in (

@@ -34,7 +34,7 @@ WRITTEN_OUT = {("sgd", "none"), ("momentum", "none"), ("adamw", "none"), ("sgd",
 def supports(contender: Contender) -> bool:
     """Whether it is written out: SGD, momentum and AdamW, Online Normalization, and BNP with some of its options."""
     options = dict(contender.bnp or ())
-    form = options.pop("mode", None)  # left out where it is the only one, or the one of before
+    form = options.pop("mode", None)  # a Contender has it only where it is not the base's implied one
     return (
         (contender.base, contender.norm) in WRITTEN_OUT
         and form == ("two_sided" if contender.base == "momentum" and contender.bnp is not None else None)
