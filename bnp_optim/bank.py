@@ -67,7 +67,7 @@ class StatisticsBank:
         self.rows = tuple(rows)
         self.options = options
         self._squared = squared
-        self._on_host = on_host
+        self.on_host = on_host
         sizes = [r.statistics for r in self.rows]
         layers, width = len(sizes), max(sizes)
         kind = HostLedger if on_host else DeviceLedger
@@ -182,14 +182,14 @@ class StatisticsBank:
         """
         new = self._next
         self._pour(new)
-        if self._on_host and self.options.step_scale in ("trace", "common"):  # q² has all that is in μ and σ²
+        if self.on_host and self.options.step_scale in ("trace", "common"):  # q² has all that is in μ and σ²
             return all(x > 0 for x in new.inv.tolist())
         finite = torch.isfinite(self._moving_next.sum() + new.inv.sum())
-        return bool(finite) if self._on_host else finite
+        return bool(finite) if self.on_host else finite
 
     def settle(self, finite: Any) -> None:
         """Take over what was proposed, if ``finite``."""
-        if self._on_host:
+        if self.on_host:
             if not finite:
                 return
             self._flat.copy_(self._flat_next)
@@ -247,7 +247,7 @@ class StatisticsBank:
 
     def _tell(self) -> None:
         """Bring up to date what the factors hold beside views of the present values."""
-        if self._on_host:
+        if self.on_host:
             for factors, inv in zip(self._factors, self.now.inv.tolist(), strict=True):
                 if self._squared:
                     factors.inv_q2 = inv
@@ -271,6 +271,16 @@ class StatisticsBank:
         if units is not None:
             self._units[i, : units.numel()] = units
 
+    def expressed(self, i: int) -> tuple[Tensor, Tensor]:
+        """μ and 1/σ̃ of layer ``i``, (channels,): views of what is now."""
+        channels = self.rows[i].statistics
+        return self.now.mean[i, :channels], self.now.inv_std[i, :channels]
+
+    def units(self, i: int) -> Tensor | None:
+        """Those of layer ``i``, (channels,), a view; None: it has none."""
+        known = self._units is not None and self._has_units[i]
+        return self._units[i, : self.rows[i].statistics] if self._units is not None and known else None
+
     def set_q2(self, i: int, q2: Tensor) -> None:
         """The "spectral" step scale, which comes from outside; :meth:`refresh` is due after the last of them."""
         self.now.q2[i] = q2
@@ -289,7 +299,7 @@ class StatisticsBank:
     def snapshot(self, i: int) -> dict[str, Tensor]:
         """Everything that the future of layer ``i`` depends on, as fresh tensors."""
         mean, variance = self._real[i]
-        units = self._units[i, : mean.numel()] if self._units is not None and self._has_units[i] else None
+        units = self.units(i)
         return {
             "mean": mean.clone(),
             "variance": variance.clone(),

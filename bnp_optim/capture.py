@@ -151,6 +151,8 @@ class ForwardTap:
                 return
             for _, intake, _ in live:
                 intake.fired = True
+                if gate.follows:
+                    intake.reads_data = intake.reads_data is not False and not _needs_gradient(kept)
             if torch.compiler.is_compiling():
                 self._trace(module, live, kept)
             elif (
@@ -282,6 +284,10 @@ def _tensors(output: Any) -> Iterator[Tensor]:
     elif isinstance(output, (tuple, list, Mapping)):
         for x in output.values() if isinstance(output, Mapping) else output:
             yield from _tensors(x)
+
+
+def _needs_gradient(kept: tuple[Any, ...]) -> bool:
+    return any(isinstance(x, Tensor) and x.requires_grad for x in kept)
 
 
 def _detached(kept: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -17,6 +17,7 @@ __all__ = [
     "check_after_backward",
     "check_decay",
     "check_differentiable",
+    "check_following",
     "check_max_norm",
     "check_objects",
     "check_options",
@@ -173,6 +174,19 @@ def check_max_norm(max_norm: Any, mode: str) -> None:
             f"max_norm is {max_norm!r} with mode='gradient', which has no Pᵀg to clip: leave mode='auto', or clip g "
             "with torch.nn.utils.clip_grad_norm_"
         )
+
+
+def check_following(follow_inputs: bool, form: str, own_form: str, *, sharded: bool) -> None:
+    """Refuse to express anew what a base remembers in w, or what no rank holds."""
+    if not follow_inputs:
+        return
+    if form == "gradient" != own_form:
+        raise ValueError(
+            "follow_inputs is True with mode='gradient', in which the gradients that the base remembers would stay in "
+            "the units of before: leave mode='auto'"
+        )
+    if sharded:
+        raise ValueError("follow_inputs is True, but weights are sharded: normalize the inputs before the model")
 
 
 def check_number(name: str, value: Any, valid: Callable[[float], bool], remedy: str) -> None:

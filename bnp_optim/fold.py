@@ -14,7 +14,7 @@ from bnp_optim.layers import LayerAdapter, Samples, adapter_for
 from bnp_optim.transform import Factors, from_z
 from bnp_optim.units import keep_units
 
-__all__ = ["fold_normalization"]
+__all__ = ["fold_normalization", "is_foldable"]
 
 
 def fold_normalization(
@@ -63,7 +63,7 @@ def fold_normalization(
     """
     check_number("var_rel_eps", var_rel_eps, lambda x: 0 <= x < float("inf"), "at least 0, such as 0 or 1e-2")
     check_number("var_eps", var_eps, lambda x: 0 < x < float("inf"), "above 0, such as 1e-4")
-    known = {name: module for name, module in model.named_modules() if _is_foldable(module)}
+    known = {name: module for name, module in model.named_modules() if is_foldable(module)}
     unknown = set(layers or ()) - set(known)
     if unknown:
         raise ValueError(
@@ -114,7 +114,8 @@ def _adapter(module: nn.Module) -> LayerAdapter:
     return match.adapter
 
 
-def _is_foldable(module: nn.Module) -> bool:
+def is_foldable(module: nn.Module) -> bool:
+    """Whether the module has one weight, a parameter of its own, with one statistic per input channel."""
     match = adapter_for(module)
     if match is None or not match.exact or not isinstance(match.adapter, LayerAdapter) or is_parametrized(module):
         return False

@@ -36,6 +36,7 @@ class Gate:
     def __init__(self) -> None:
         self.paused = 0
         self.due = True
+        self.follows = False  # whether anybody asks what reads data
         self.era = 0  # counts the wrapper's calls of zero_grad
 
     @property
@@ -134,6 +135,7 @@ class Intake:
         self.gate = gate
         self.direction: Tensor | None = None  # warm start of the spectral step scale, else None
         self.fired = False  # whether any forward was ever seen, measurable or not
+        self.reads_data: bool | None = None  # whether no input ever needed a gradient; None: not known
         self.traced = False  # whether a compiled forward ran since the last step
         self.calls = 0  # measured so far, which thinning out goes round with
         self.broken: str | None = None  # why the layer is not measured any more

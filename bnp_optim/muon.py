@@ -76,6 +76,7 @@ class BNPMuon(NamedOptimizer):
         debias: bool = True,
         variance: Variance = "total",
         max_norm: float | None = None,
+        follow_inputs: bool = False,
         stat_interval: int = 1,
         max_observations: int | None = None,
         compiled: bool = False,

@@ -36,7 +36,11 @@ class LiveLayer(NamedTuple):
 
 @dataclass(eq=False)
 class Place:
-    """Where the samples and the statistics of one layer are kept; ``live`` during a step."""
+    """Where the samples and the statistics of one layer are kept; ``live`` during a step.
+
+    Args:
+        origin: μ and 1/σ̃ at which a weight that follows its inputs was last expressed, (2, channels).
+    """
 
     layer: Layer
     intake: Intake
@@ -46,6 +50,7 @@ class Place:
     dtype: torch.dtype
     live: LiveLayer | None = None
     projection: Projection | None = None
+    origin: Tensor | None = None
 
     def take(self) -> Moments | None:
         """The samples behind the gradient; where there is none, what waits has lost its gradient."""

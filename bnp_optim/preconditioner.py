@@ -22,6 +22,7 @@ from bnp_optim.checks import (
     check_after_backward,
     check_decay,
     check_differentiable,
+    check_following,
     check_max_norm,
     check_objects,
     check_options,
@@ -88,6 +89,11 @@ class BNPreconditioner(AroundOptimizer):
             large. Around SGD with momentum and with a decaying rate it makes higher rates usable, and gains; there 1.0
             is where to start (docs/ablations.md). None: at a constant rate it gains nothing, and steps below the best
             rate become slower. Needs the two-sided form, which "auto" then picks, and weights that are not sharded.
+        follow_inputs: Let layers that read data (inputs that need no gradient; dense layers and convolutions with a
+            bias) follow its units: where a feature's μ has moved by σ̃, or σ̃ by a factor of 2, express the weights anew,
+            so that of the normalized feature the layer computes what it did before (docs/method.md). For streams
+            whose sensors are exchanged or units change; it changes the function that the model computes, so it is
+            your choice. Averages of the weights, kept elsewhere, do not follow.
         stat_interval: Measure every k-th step only; in between μ, σ̃ and q stay. 1: exact.
         max_observations: Of more observations (samples × positions) in one forward call of a layer, measure about so
             many: every k-th row of positions, another one at each call. None: all, which is exact.
@@ -105,7 +111,8 @@ class BNPreconditioner(AroundOptimizer):
             DeepSpeed or an optimizer inside backward has the parameters.
         ValueError: if an option is out of its range, a name in ``skip`` fits no module, or the base was built with
             ``differentiable=True``, or is a ZeroRedundancyOptimizer whose weight decay the two-sided form cannot see;
-            if ``max_norm`` comes with mode="gradient" or sharded weights.
+            if ``max_norm`` comes with mode="gradient" or sharded weights, or ``follow_inputs`` with the gradient form
+            of a base that remembers gradients or with sharded weights.
     """
 
     def __init__(
@@ -121,6 +128,7 @@ class BNPreconditioner(AroundOptimizer):
         debias: bool = True,
         variance: Variance = "total",
         max_norm: float | None = None,
+        follow_inputs: bool = False,
         stat_interval: int = 1,
         max_observations: int | None = None,
         compiled: bool = False,
@@ -136,6 +144,7 @@ class BNPreconditioner(AroundOptimizer):
         rules = checked_skip(skip, model)
         mode = "two_sided" if mode == "auto" and max_norm is not None else mode
         settings: dict[str, Any] = {"mode": mode, "skip": rules, "max_norm": max_norm}
+        settings["follow_inputs"] = bool(follow_inputs)
         settings |= {"stat_interval": int(stat_interval), "compiled": bool(compiled)}
         self._setup(
             optimizer,
@@ -147,6 +156,7 @@ class BNPreconditioner(AroundOptimizer):
         try:
             check_decay(optimizer, self._form)
             check_whole_norm(max_norm, sharded=self._tracker.sharded)
+            check_following(follow_inputs, self._form, self._traits.form, sharded=self._tracker.sharded)
             check_differentiable(optimizer, has_layers=bool(self._tracker.layers))
             self._advise(at_the_door(optimizer, model, self._form, self._tracker))
         except (ValueError, Warning):  # warnings may be errors: leave the model as it was
@@ -178,7 +188,7 @@ class BNPreconditioner(AroundOptimizer):
         self._form = self._traits.form if settings["mode"] == "auto" else settings["mode"]
         self._options = options if options.step_scale != "auto" else replace(options, step_scale=self._traits.scale)
         self._about = {"the base": type(optimizer).__name__, "the form": self._form} | vars(self._options)
-        self._about |= {key: settings.get(key) for key in ("stat_interval", "compiled", "max_norm")}
+        self._about |= {key: settings.get(key) for key in ("stat_interval", "compiled", "max_norm", "follow_inputs")}
         self._apply = CompiledTransforms() if settings["compiled"] else apply_to_all
         self._z = ZCoordinates(optimizer, self._apply, settings.get("max_norm"))  # pickles of before have none
         # an object: clients copy our __dict__ and must see the same count
@@ -199,6 +209,7 @@ class BNPreconditioner(AroundOptimizer):
                 self._owned(),
                 squared=squared,
                 on_host=not self._settings["compiled"],  # numbers in a graph would be constants
+                follows=self._settings.get("follow_inputs", False),  # pickles of before have none
             )
             self._tracking["tracker"] = tracker
             tracker.gate.due = self._measures_next()
@@ -247,6 +258,7 @@ class BNPreconditioner(AroundOptimizer):
                     apply = over_columns(self._apply) if tracker.sharded else self._apply
                     apply(precondition, [gradient_task(x, f) for x, f in tasks])
                     base_step()
+                tracker.follow_inputs()
             finally:
                 tracker.release()
             leave(self.base_optimizer)

@@ -12,6 +12,7 @@ from bnp_optim.bank import StatisticsBank
 from bnp_optim.common_scale import share_scale
 from bnp_optim.discovery import Findings, Layer, ShardedLayer, SkipRule, find_layers
 from bnp_optim.exchange import Batches, Shared
+from bnp_optim.following import can_follow, follow
 from bnp_optim.hooks import Hooks
 from bnp_optim.intake import Gate, Intake
 from bnp_optim.places import Home, LiveLayer, Place, dense_grad, home_of, live_shards, statistics_home
@@ -33,6 +34,7 @@ class Tracker:
         owned: Ids of the optimizer's parameters.
         squared: Whether the transforms apply P Pᵀ; otherwise P and Pᵀ.
         on_host: Whether the host may read numbers that depend on the data, where they are on the CPU.
+        follows: Whether layers that read data follow its units.
     """
 
     def __init__(
@@ -44,8 +46,10 @@ class Tracker:
         *,
         squared: bool,
         on_host: bool = True,
+        follows: bool = False,
     ) -> None:
         self.gate = Gate()
+        self.gate.follows = follows
         self.options = options
         self._model = model
         self._skip = tuple(skip)
@@ -215,6 +219,11 @@ class Tracker:
                     place.power_step(everywhere)
                 bank.refresh()
 
+    def follow_inputs(self) -> None:
+        """Express the weights of layers that read data in the units of now; see :mod:`bnp_optim.following`."""
+        for place in self._following:
+            follow(place)
+
     def drop(self) -> None:
         """Let the samples behind the gradients go uncounted."""
         for place in self._places.values():
@@ -236,12 +245,14 @@ class Tracker:
         snapshot = place.bank.snapshot(place.row)
         if place.intake.direction is not None:
             snapshot["direction"] = place.intake.direction.clone()
+        if place.origin is not None:
+            snapshot["origin"] = place.origin.clone()
         return snapshot
 
     def expected_shapes(self, layer: Layer) -> dict[str, torch.Size]:
-        """The shapes of a snapshot; "direction" only where it is in use, "units" always."""
+        """The shapes of a snapshot; "direction" only where it is in use, "units" and "origin" always."""
         shapes = {key: value.shape for key, value in self.snapshot(layer).items()}
-        return {**shapes, "units": shapes["mean"]}
+        return {**shapes, "units": shapes["mean"], "origin": torch.Size((2, *shapes["mean"]))}
 
     def restore(self, layer: Layer, snapshot: dict[str, Tensor]) -> None:
         """Put a snapshot back (of matching shapes)."""
@@ -249,6 +260,8 @@ class Tracker:
         place.bank.restore(place.row, snapshot)
         if place.intake.direction is not None and "direction" in snapshot:
             place.intake.direction.copy_(snapshot["direction"])
+        if "origin" in snapshot:
+            place.origin = snapshot["origin"].to(place.bank.now.mean).clone()
         self.ready.add(layer)
 
     def reset(self) -> None:
@@ -295,6 +308,8 @@ class Tracker:
                 )
         places = {place.layer: place for shelf in self._shelves for place in shelf}
         self._places = {x: places[x] for x in self.layers}
+        follows = self.gate.follows
+        self._following = [place for place in self._places.values() if follows and can_follow(place.layer)]
 
     def _move(self) -> None:
         """The model went to another device or dtype after it was wrapped: follow it."""

@@ -34,6 +34,11 @@ CHOSEN = [
     bnp("BNP-SGD, restart at 3", "sgd", "restart at 3"),
     bnp("BNP-AdamW, restart at 5", "adamw", "restart at 5"),
 ]
+FOLLOWING = [
+    bnp("BNP-SGD, following", "sgd", follow_inputs=True, stat_decay=0.9),
+    bnp("BNP-momentum, following", "momentum", follow_inputs=True, stat_decay=0.9, max_norm=0.7),
+    bnp("BNP-AdamW, following", "adamw", follow_inputs=True, stat_decay=0.9),
+]
 
 
 def stream(classes: int) -> Stream:
@@ -78,7 +83,15 @@ def shifting(classes: int) -> Stream:
     return data
 
 
+def rescaled(classes: int) -> Stream:
+    """The same, one of its inputs in other units from sample 40 on: what is followed."""
+    data = stream(classes)
+    data.x[40:, 0] = 30 * data.x[40:, 0] - 2
+    return data
+
+
 CASES = [(c, classes, 0) for c in CHOSEN for classes in (3, 0)]
+CASES += [(c, classes, fold) for c in FOLLOWING for classes, fold in ((3, 0), (0, 0), (3, 10))]
 CASES += [(CONTENDERS[name], 3, 10) for name in ("SGD", "BNP-SGD", "BNP-momentum", "BNP-AdamW")]
 CASES += [(bnp("BNP-SGD, layer floors", "sgd", "layer floors"), 3, 10)]
 
@@ -88,7 +101,8 @@ def test_every_output_is_that_of_the_net_alone(
     contender: Contender, classes: int, fold: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert supports(contender)
-    data, seen = (shifting if "restart" in contender.variant else stream)(classes), []
+    make = shifting if "restart" in contender.variant else rescaled if contender in FOLLOWING else stream
+    data, seen = make(classes), []
     forward = Stack.forward
 
     def recorded(self: Stack, x: torch.Tensor) -> torch.Tensor:

@@ -213,6 +213,8 @@ CONTENDERS = PEERS | {  # those for some tasks too
         bnp("BNP-Muon, no bound", "muon", step_scale=None),
         bnp("BNP-momentum, clipped", "momentum", max_norm=MAX_NORM),
         bnp("BNP-momentum, folded, clipped", "momentum", "folded", max_norm=MAX_NORM),
+        *(bnp(f"BNP-{base}, following", base.lower(), follow_inputs=True) for base in ("SGD", "momentum", "AdamW")),
+        bnp("BNP-momentum, clipped, following", "momentum", max_norm=MAX_NORM, follow_inputs=True),
         *(replace(PEERS[n], name=f"{n}, g clipped", variant="g clipped") for n in ("momentum", "BN + SGD")),
         *(
             replace(PEERS[n], name=f"{n}, folded, g clipped", variant="folded, g clipped")
@@ -228,6 +230,7 @@ NOTES = {
     "Muon": "on all weights but the head's, at 10 × the rate of the AdamW on the rest",
     "folded": f"fold_normalization on the first {FOLD} training inputs, before the first step",
     "clipped": f"max_norm={MAX_NORM:g}, of Pᵀg",
+    "following": "follow_inputs=True",
     "g clipped": f"clip_grad_norm_ at {MAX_NORM:g}",
     "He": "He's initialization of the convolutions",
     "K-FAC": "singd's SINGD (kfac_like, dense factors scaled by the batch size, T = 1, no momentum, damping .1, lr_cov "

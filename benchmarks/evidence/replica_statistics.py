@@ -8,7 +8,9 @@ from torch import Tensor
 from benchmarks.evidence.contenders import Contender
 from benchmarks.evidence.variants import FAST, RESTARTS, SPREAD
 
-OPTIONS = {"stat_decay", "var_rel_eps", "var_eps", "step_scale", "debias", "max_norm"}  # those that are written out
+OPTIONS = {  # those that are written out
+    "stat_decay", "var_rel_eps", "var_eps", "step_scale", "debias", "max_norm", "follow_inputs",
+}  # fmt: skip
 VARIANTS = {"", "feature floors", "geometric floors", "first floors", "layer floors", *RESTARTS}
 
 
@@ -35,6 +37,7 @@ class Statistics:
         self.variance = torch.zeros_like(mean) if self.debias else torch.ones_like(mean)
         self.mass: float | Tensor = 0.0  # a tensor, (replicas, 1), where replicas differ
         self.count = 0
+        self.origin: Tensor | None = None
         self.fast = None
         if decay is None and contender.variant in RESTARTS:
             self.fast = Statistics(contender, torch.zeros_like(mean), first, units, FAST)
@@ -60,6 +63,26 @@ class Statistics:
         inverse = self._floored().reciprocal_()
         q2 = 1 + (r * r) * (square * inverse).sum(1, keepdim=True) if self.bounded else torch.ones_like(a[:, :1])
         return (torch.zeros_like(delta) if self.single else r * delta), inverse, q2
+
+    def follow(self, weight: Tensor, bias: Tensor) -> None:
+        """Express the weights anew where the statistics have left ``origin``: see bnp_optim/following.py."""
+        now = torch.stack((self.mean, self._floored()))
+        if self.origin is None or self.mass * (1 - self.decay) < 0.5:
+            self.origin = now
+            return
+        mean, square = self.origin
+        growth = (now[1] / square).sqrt()
+        moved = (growth > 2) | (growth < 0.5) | ((now[0] - mean).square() > square)
+        if bool(moved.any()):
+            new = torch.where(moved.unsqueeze(1), weight / growth.unsqueeze(1), weight)
+            bias.add_(
+                torch.bmm(weight, (mean * moved).unsqueeze(2)).squeeze(2)
+                - torch.bmm(new, (now[0] * moved).unsqueeze(2)).squeeze(2)
+            )
+            weight.copy_(new)
+            self.origin = torch.where(moved, now, self.origin)
+            if self.units is not None:
+                self.units = torch.where(moved, now[1], self.units)
 
     def _restart(self, fast: Statistics) -> None:
         """See :func:`benchmarks.evidence.variants.restarting`."""

@@ -127,7 +127,8 @@ class Stack:
         ]
         first = self.weights[0]
         self.rates = torch.tensor(rates, dtype=first.dtype)
-        self.max_norm = dict(contender.bnp or ()).get("max_norm")
+        options = dict(contender.bnp or ())
+        self.max_norm, self.follows = options.get("max_norm"), options.get("follow_inputs", False)
         base = REMEMBER.get(contender.base)
         self.decay = DECAY.get(contender.base, 0.0)
         self.bases = [base(w, self.rates) for w in self.weights] if base else []
@@ -169,6 +170,12 @@ class Stack:
             for i, delta in enumerate(deltas):
                 self._step_plainly(i, delta)
             return
+        self._precondition(deltas)
+        bias = self.biases[0]
+        if self.follows and bias is not None:
+            self.statistics[0].follow(self.weights[0], bias)
+
+    def _precondition(self, deltas: list[Tensor]) -> None:
         found = [of.update(a) for of, a in zip(self.statistics, self.inputs, strict=True)]
         if not self.bases:
             for i, delta in enumerate(deltas):

@@ -12,7 +12,11 @@ from benchmarks.evidence.streams import Inputs
 
 _BNP = tuple(f"BNP-{base}{fold}" for base in ("SGD", "momentum", "AdamW") for fold in ("", ", folded"))
 _CLIPPED = "BNP-momentum, clipped, folded"
-NETS = ("SGD", *_BNP[:2], "momentum", *_BNP[2:4], _CLIPPED, "AdamW", *_BNP[4:], "ON + SGD", "ON + AdamW")
+_FOLLOWING = tuple(f"BNP-{of}, following, folded" for of in ("SGD", "momentum", "momentum, clipped", "AdamW"))
+NETS = (
+    *("SGD", *_BNP[:2], _FOLLOWING[0], "momentum", *_BNP[2:4], _CLIPPED, *_FOLLOWING[1:3]),
+    *("AdamW", *_BNP[4:], _FOLLOWING[3], "ON + SGD", "ON + AdamW"),
+)
 FOLDED, FOLD_AFTER = ", folded", 20
 INPUTS: tuple[Inputs, ...] = ("raw", "scaled")
 TUNING_SEED = 0
