@@ -12,9 +12,14 @@ from bnp_optim.ownership import Ownerless
 from bnp_optim.places import LiveLayer
 from bnp_optim.tracking import Tracker
 
-__all__ = ["COLD", "at_first_steps", "at_the_door"]
+__all__ = ["ALONE", "COLD", "at_first_steps", "at_the_door"]
 
 COLD = ("cold", "this state_dict has no BNP statistics (it was saved by the plain optimizer): they start anew")
+ALONE = (
+    "alone",
+    "follow_inputs does nothing where several ranks train together: what of a layer's inputs is data each rank knows "
+    "of its own samples alone, and the weights would drift apart. Normalize the inputs before the model",
+)
 
 
 def at_the_door(base: Optimizer, model: nn.Module, form: str, tracker: Tracker) -> Iterator[tuple[str, str]]:

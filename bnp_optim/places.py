@@ -39,7 +39,8 @@ class Place:
     """Where the samples and the statistics of one layer are kept; ``live`` during a step.
 
     Args:
-        origin: μ and 1/σ̃ at which a weight that follows its inputs was last expressed, (2, channels).
+        seen: The samples of the step, while it lasts.
+        origin: Where a weight that follows its inputs was last expressed, (4, channels): :mod:`bnp_optim.following`.
     """
 
     layer: Layer
@@ -50,13 +51,14 @@ class Place:
     dtype: torch.dtype
     live: LiveLayer | None = None
     projection: Projection | None = None
+    seen: Moments | None = None
     origin: Tensor | None = None
 
     def take(self) -> Moments | None:
         """The samples behind the gradient; where there is none, what waits has lost its gradient."""
         if self.live is not None:
-            moments, self.projection = self.intake.take()
-            return moments
+            self.seen, self.projection = self.intake.take()
+            return self.seen
         self.intake.discard()
         if self.intake.traced:
             self.intake.clear_trace()

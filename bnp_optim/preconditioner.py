@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from bnp_optim.advice import COLD, at_first_steps, at_the_door
+from bnp_optim.advice import ALONE, COLD, at_first_steps, at_the_door
 from bnp_optim.application import CompiledTransforms, apply_to_all, gradient_task
 from bnp_optim.around import AroundOptimizer
 from bnp_optim.bases import enter, leave, traits_of
@@ -89,11 +89,11 @@ class BNPreconditioner(AroundOptimizer):
             large. Around SGD with momentum and with a decaying rate it makes higher rates usable, and gains; there 1.0
             is where to start (docs/ablations.md). None: at a constant rate it gains nothing, and steps below the best
             rate become slower. Needs the two-sided form, which "auto" then picks, and weights that are not sharded.
-        follow_inputs: Let layers that read data (inputs that need no gradient; dense layers and convolutions with a
-            bias) follow its units: where a feature's μ has moved by σ̃, or σ̃ by a factor of 2, express the weights anew,
-            so that of the normalized feature the layer computes what it did before (docs/method.md). For streams
-            whose sensors are exchanged or units change; it changes the function that the model computes, so it is
-            your choice. Averages of the weights, kept elsewhere, do not follow.
+        follow_inputs: Let dense layers and convolutions that read data (inputs that need no gradient) and have a bias
+            follow its units: where a feature has moved for good, express the weights anew, so that of the normalized
+            feature the layer computes what it did (docs/method.md). For streams whose sensors or units change. It
+            changes the model's function, so False. Averages of weights that are kept elsewhere do not follow, and
+            nothing does where several ranks train together.
         stat_interval: Measure every k-th step only; in between μ, σ̃ and q stay. 1: exact.
         max_observations: Of more observations (samples × positions) in one forward call of a layer, measure about so
             many: every k-th row of positions, another one at each call. None: all, which is exact.
@@ -258,7 +258,10 @@ class BNPreconditioner(AroundOptimizer):
                     apply = over_columns(self._apply) if tracker.sharded else self._apply
                     apply(precondition, [gradient_task(x, f) for x, f in tasks])
                     base_step()
-                tracker.follow_inputs()
+                if not together:
+                    tracker.follow_inputs()
+                elif tracker.gate.follows:
+                    self._advise([ALONE])
             finally:
                 tracker.release()
             leave(self.base_optimizer)

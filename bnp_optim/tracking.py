@@ -12,7 +12,7 @@ from bnp_optim.bank import StatisticsBank
 from bnp_optim.common_scale import share_scale
 from bnp_optim.discovery import Findings, Layer, ShardedLayer, SkipRule, find_layers
 from bnp_optim.exchange import Batches, Shared
-from bnp_optim.following import can_follow, follow
+from bnp_optim.following import ORIGIN, can_follow, follow
 from bnp_optim.hooks import Hooks
 from bnp_optim.intake import Gate, Intake
 from bnp_optim.places import Home, LiveLayer, Place, dense_grad, home_of, live_shards, statistics_home
@@ -149,7 +149,7 @@ class Tracker:
     def release(self) -> None:
         """The step is over: hold no gradient any longer, or the next one would need memory of its own."""
         for place in self._places.values():
-            place.live = place.projection = None
+            place.live = place.seen = place.projection = None
 
     def fired(self, layer: Layer) -> bool:
         """Whether a forward of the layer was ever seen."""
@@ -252,7 +252,7 @@ class Tracker:
     def expected_shapes(self, layer: Layer) -> dict[str, torch.Size]:
         """The shapes of a snapshot; "direction" only where it is in use, "units" and "origin" always."""
         shapes = {key: value.shape for key, value in self.snapshot(layer).items()}
-        return {**shapes, "units": shapes["mean"], "origin": torch.Size((2, *shapes["mean"]))}
+        return {**shapes, "units": shapes["mean"], "origin": torch.Size((ORIGIN, *shapes["mean"]))}
 
     def restore(self, layer: Layer, snapshot: dict[str, Tensor]) -> None:
         """Put a snapshot back (of matching shapes)."""

@@ -38,6 +38,7 @@ FOLLOWING = [
     bnp("BNP-SGD, following", "sgd", follow_inputs=True, stat_decay=0.9),
     bnp("BNP-momentum, following", "momentum", follow_inputs=True, stat_decay=0.9, max_norm=0.7),
     bnp("BNP-AdamW, following", "adamw", follow_inputs=True, stat_decay=0.9),
+    bnp("BNP-AdamW, following at 4", "adamw", "following at 4", follow_inputs=True, stat_decay=0.9),
 ]
 
 

@@ -257,7 +257,8 @@ def started(model: nn.Module, contender: Contender, inputs: Callable[[], Tensor]
 def fingerprint(contender: Contender) -> str:
     """What ``contender`` computes: a hash of the parameters, to six digits, after a few steps of two small nets.
 
-    In float64, batch sizes 1 and 5, with an input that never changes and one that is far larger than the others. So
+    In float64, batch sizes 1 and 5, with an input that never changes and one that is far larger than the others; where
+    the units of inputs are followed, more steps, and in the last of them other units. So
     results outlive every change of the sources that changes no number. Of packages of others it is the version and the
     options.
     """
@@ -271,14 +272,16 @@ def fingerprint(contender: Contender) -> str:
         nn.ReLU(), nn.Flatten(), nn.Linear(32, 4),
     )  # fmt: skip
     digest = hashlib.sha256()
+    follows = dict(contender.bnp or ()).get("follow_inputs", False)
     for model, shape in ((dense, (7,)), (convolution, (2, 4, 4))):
         model = prepared(model.double(), contender)
         model = started(model, contender, lambda shape=shape: torch.randn(FOLD, *shape, dtype=torch.float64))  # type: ignore[misc]
         with contender.context():
             optimizer = contender.make(model, 0.01)
-            for step in range(16):
+            for step in range(100 if follows else 16):
                 x = torch.randn(5 if step % 2 or contender.norm == "bn" else 1, *shape, dtype=torch.float64)
                 x[:, 0], x[:, 1] = 0.5, 20 * x[:, 1] + 7
+                x = 30 * x if step >= 80 else x
                 optimizer.zero_grad()
                 F.cross_entropy(model(x), torch.arange(len(x)) % 4).backward()
                 optimizer.step()

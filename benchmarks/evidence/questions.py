@@ -12,7 +12,7 @@ from benchmarks.evidence.plan import SHORT
 from benchmarks.evidence.question import Question, StreamQuestion
 from benchmarks.evidence.streaming_plan import INPUTS
 from benchmarks.evidence.streams import Inputs
-from benchmarks.evidence.variants import RESTARTS
+from benchmarks.evidence.variants import FOLLOWS, RESTARTS
 
 SCALES = ("trace", "common", "spectral", "fan_in", None)
 
@@ -160,6 +160,16 @@ QUESTIONS: dict[str, Question | StreamQuestion] = {
                 {f"ρ = {r}": {"stat_decay": r} for r in (0.9, 0.99)} | {name: {"variant": name} for name in RESTARTS}
             ),
             SHIFTS,
+        ),
+        StreamQuestion(
+            "following",
+            "Weights that follow a change of units, and how soon?",
+            _around(
+                {"folded": {"fold": 20}, "following": {"fold": 20, "follow_inputs": True}}
+                | {name: {"fold": 20, "follow_inputs": True, "variant": name} for name in FOLLOWS}
+            ),
+            (("ImageSegments, shift", "raw"), ("ImageSegments, shift", "scaled"), ("ImageSegments", "raw"),
+             ("TrumpApproval, target scaled", "raw"), ("Shuttle", "raw"), ("Phishing", "scaled")),
         ),
         StreamQuestion(
             "outlier",

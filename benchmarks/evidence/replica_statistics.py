@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.evidence.contenders import Contender
-from benchmarks.evidence.variants import FAST, RESTARTS, SPREAD
+from benchmarks.evidence.variants import FAST, FOLLOWS, RESTARTS, SPREAD
 
 OPTIONS = {  # those that are written out
     "stat_decay", "var_rel_eps", "var_eps", "step_scale", "debias", "max_norm", "follow_inputs",
 }  # fmt: skip
-VARIANTS = {"", "feature floors", "geometric floors", "first floors", "layer floors", *RESTARTS}
+VARIANTS = {"", "feature floors", "geometric floors", "first floors", "layer floors", *RESTARTS, *FOLLOWS}
 
 
 class Statistics:
@@ -38,6 +38,7 @@ class Statistics:
         self.mass: float | Tensor = 0.0  # a tensor, (replicas, 1), where replicas differ
         self.count = 0
         self.origin: Tensor | None = None
+        self.ratio = FOLLOWS.get(contender.variant, 2.0)
         self.fast = None
         if decay is None and contender.variant in RESTARTS:
             self.fast = Statistics(contender, torch.zeros_like(mean), first, units, FAST)
@@ -64,15 +65,19 @@ class Statistics:
         q2 = 1 + (r * r) * (square * inverse).sum(1, keepdim=True) if self.bounded else torch.ones_like(a[:, :1])
         return (torch.zeros_like(delta) if self.single else r * delta), inverse, q2
 
-    def follow(self, weight: Tensor, bias: Tensor) -> None:
+    def follow(self, sample: Tensor, weight: Tensor, bias: Tensor) -> None:
         """Express the weights anew where the statistics have left ``origin``: see bnp_optim/following.py."""
         now = torch.stack((self.mean, self._floored()))
         if self.origin is None or self.mass * (1 - self.decay) < 0.5:
-            self.origin = now
+            self.origin, self.beyond, self.went = now, torch.zeros_like(self.mean), torch.zeros_like(self.mean).bool()
             return
         mean, square = self.origin
+        self.beyond = (self.beyond + 1) * ((sample - mean).square() > 4 * (square * now[1]).sqrt())
         growth = (now[1] / square).sqrt()
-        moved = (growth > 2) | (growth < 0.5) | ((now[0] - mean).square() > square)
+        far = (now[0] - mean).square() > (self.ratio / 2) ** 2 * square
+        grown = ((growth > self.ratio) | far) & (self.beyond >= 3)
+        self.went = self.went | grown
+        moved = grown | ((growth < 1 / self.ratio) & self.went)
         if bool(moved.any()):
             new = torch.where(moved.unsqueeze(1), weight / growth.unsqueeze(1), weight)
             bias.add_(
@@ -80,7 +85,7 @@ class Statistics:
                 - torch.bmm(new, (now[0] * moved).unsqueeze(2)).squeeze(2)
             )
             weight.copy_(new)
-            self.origin = torch.where(moved, now, self.origin)
+            self.origin, self.beyond = torch.where(moved, now, self.origin), self.beyond * ~moved
             if self.units is not None:
                 self.units = torch.where(moved, now[1], self.units)
 

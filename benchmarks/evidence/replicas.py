@@ -173,7 +173,7 @@ class Stack:
         self._precondition(deltas)
         bias = self.biases[0]
         if self.follows and bias is not None:
-            self.statistics[0].follow(self.weights[0], bias)
+            self.statistics[0].follow(self.inputs[0], self.weights[0], bias)
 
     def _precondition(self, deltas: list[Tensor]) -> None:
         found = [of.update(a) for of, a in zip(self.statistics, self.inputs, strict=True)]

@@ -169,6 +169,16 @@ def restarting(standard_errors: float) -> Iterator[None]:
         yield
 
 
+FOLLOWS = {"following at 1": 1.0, "following at 4": 4.0, "following at 8": 8.0}  # by what factor σ̃ must have changed
+
+
+@contextmanager
+def following_at(ratio: float) -> Iterator[None]:
+    """``follow_inputs`` with another band; at 1 nearly every step. The distance of μ keeps its ratio to it."""
+    with mock.patch.multiple("bnp_optim.following", _RATIO=ratio, _DISTANCE=ratio / 2):
+        yield
+
+
 FOLD = 256  # inputs that fold_normalization sees
 MAX_NORM = 1.0  # where clipped contenders clip
 
@@ -196,6 +206,7 @@ VARIANTS: dict[str, Variant] = {
     "first floors": Variant(first_floors),
     "layer floors": Variant(layer_floors),
     **{name: Variant(partial(restarting, c)) for name, c in RESTARTS.items()},
+    **{name: Variant(partial(following_at, ratio)) for name, ratio in FOLLOWS.items()},
     "without the first": Variant(leaves_out=lambda layers: layers[:1]),
     "without the last": Variant(leaves_out=lambda layers: layers[-1:]),
     "without both": Variant(leaves_out=lambda layers: [layers[0], layers[-1]]),

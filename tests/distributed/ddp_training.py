@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import torch
@@ -224,3 +225,19 @@ def folded(rank: int, world: int) -> Any:
         shared(parts, front, optimizer)
     units = [v for s in optimizer.state_dict()["state"].values() for k, v in s.items() if k == "bnp_units"]
     return [apart, same_everywhere(torch.cat(units)), same_everywhere(flat(model))]
+
+
+@check
+def following(rank: int, world: int) -> Any:
+    """Refrained from, and said once: no rank knows whether all of a layer's inputs are data."""
+    runs = []
+    for follows in (False, True):
+        model = build()
+        optimizer = wrap(model, follow_inputs=follows, stat_decay=0.8)
+        front = parallel(model)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for step, parts in enumerate(batches(16, 4, lambda step: [4] * world)):
+                shared([x * (50 if step > 7 else 1) for x in parts], front, optimizer)
+        runs.append((flat(model), sum("follow_inputs does nothing" in str(w.message) for w in caught)))
+    return [torch.equal(runs[0][0], runs[1][0]), runs[0][1], runs[1][1]]

@@ -77,11 +77,13 @@ def tensor_parallel() -> Any:
         answers["spectral"] = "no error"
     except ValueError as error:
         answers["spectral"] = str(error)
-    try:
-        BNPreconditioner(torch.optim.SGD(model.parameters(), lr=0.1), model, max_norm=1.0)
-        answers["max_norm"] = "no error"
-    except ValueError as error:
-        answers["max_norm"] = str(error)
+    for option in ({"max_norm": 1.0}, {"follow_inputs": True}):
+        name = next(iter(option))
+        try:
+            BNPreconditioner(torch.optim.SGD(model.parameters(), lr=0.1), model, **option)
+            answers[name] = "no error"
+        except ValueError as error:
+            answers[name] = str(error)
     return answers
 
 

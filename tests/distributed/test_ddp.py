@@ -48,6 +48,10 @@ def test_a_fold_before_wrapping_is_the_first_ranks(ranks: list[dict[str, Any]]) 
     assert found(ranks, "folded") == [[True, True, True]] * len(ranks)
 
 
+def test_following_inputs_is_refrained_from(ranks: list[dict[str, Any]]) -> None:
+    assert found(ranks, "following") == [[True, 0, 1]] * len(ranks)
+
+
 def test_bytes_of_a_step(ranks: list[dict[str, Any]]) -> None:
     """8 for each of the 15 input channels, 16 for each of the 3 layers, 8 for all; "spectral" adds its projections."""
     for before, size, contributed in found(ranks, "seen_from_the_first_step"):

@@ -154,6 +154,7 @@ def test_tensor_parallel_is_the_whole_model(two: list[dict[str, Any]]) -> None:
     assert all(rank["SGD"]["synchronization"] for rank in ranks)  # nothing is pooled
     assert all("use step_scale='trace'" in rank["spectral"] for rank in ranks)
     assert all("max_norm is 1.0, but weights are sharded" in rank["max_norm"] for rank in ranks)
+    assert all("follow_inputs is True, but weights are sharded" in rank["follow_inputs"] for rank in ranks)
 
 
 def test_ranks_that_share_a_weight_and_not_its_samples(two: list[dict[str, Any]]) -> None:
