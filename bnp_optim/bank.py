@@ -105,6 +105,7 @@ class StatisticsBank:
         self._units: Tensor | None = None  # (layers, width); see bnp_optim.units
         self._has_units = [False] * layers
         self._real = [(self.now.mean[i, :n], self.now.variance[i, :n]) for i, n in enumerate(sizes)]
+        self._expressed = [(self.now.mean[i, :n], self.now.inv_std[i, :n]) for i, n in enumerate(sizes)]
         self._lay_out(device)
 
     def _lay_out(self, device: torch.device) -> None:
@@ -273,8 +274,7 @@ class StatisticsBank:
 
     def expressed(self, i: int) -> tuple[Tensor, Tensor]:
         """μ and 1/σ̃ of layer ``i``, (channels,): views of what is now."""
-        channels = self.rows[i].statistics
-        return self.now.mean[i, :channels], self.now.inv_std[i, :channels]
+        return self._expressed[i]
 
     def units(self, i: int) -> Tensor | None:
         """Those of layer ``i``, (channels,), a view; None: it has none."""

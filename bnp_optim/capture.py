@@ -151,8 +151,8 @@ class ForwardTap:
                 return
             for _, intake, _ in live:
                 intake.fired = True
-                if gate.follows:
-                    intake.reads_data = intake.reads_data is not False and not _needs_gradient(kept)
+                if gate.follows and intake.reads_data is not False:
+                    intake.reads_data = not _needs_gradient(kept)
             if torch.compiler.is_compiling():
                 self._trace(module, live, kept)
             elif (

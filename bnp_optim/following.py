@@ -24,14 +24,13 @@ from torch import Tensor
 from bnp_optim.application import apply_on_rows
 from bnp_optim.discovery import Layer
 from bnp_optim.fold import is_foldable
-from bnp_optim.places import Place
+from bnp_optim.places import Origin, Place
 from bnp_optim.transform import Factors, from_z
 from bnp_optim.units import UNITS
 
-__all__ = ["ORIGIN", "can_follow", "follow"]
+__all__ = ["can_follow", "follow"]
 
-ORIGIN = 4  # rows of a place's origin: μ, 1/σ̃, batches beyond it in a row, whether it has moved before
-# By what factor σ̃, and by how many σ̃ μ, must have changed (docs/ablations.md)
+# The band: by what factor σ̃, and by how many σ̃ μ, may change (docs/ablations.md)
 _RATIO, _DISTANCE = 2.0, 1.0
 # Batches in a row that must lie farther from the origin than so many √(σ̃ σ̃'), root mean square: √ of what an outlier
 # has left in σ̃', which the samples after it are nowhere near
@@ -52,32 +51,57 @@ def follow(place: Place) -> None:
     A feature has moved where they are outside of the band and the last batches were, too; one that has moved before
     also where σ̃ has shrunk: it was large because of the move, or the data have moved back.
     """
-    live, seen, bank = place.live, place.seen, place.bank
+    live, seen, bank, origin = place.live, place.seen, place.bank, place.origin
     if live is None or live.bias is None or seen is None or not place.intake.reads_data:
         return
     mean, inv_std = bank.expressed(place.row)
-    filled = bank.ledger.mass(place.row) * (1 - bank.options.stat_decay) >= _FILLED
-    here = torch.stack((mean, inv_std, torch.zeros_like(mean), torch.zeros_like(mean)))
-    if place.origin is None or (bank.on_host and not filled):
-        place.origin = here
+    if origin is None:
+        place.origin = Origin.at(mean, inv_std)
         return
-    before, inv_before, count, went = place.origin
-    deviation = (seen.mean.flatten() - before).square()
+    if bank.on_host:  # which may read, and has most steps end here
+        if not origin.settled:
+            origin.settled = bool(_filled(place))
+            if not origin.settled:
+                place.origin = Origin.at(mean, inv_std)
+                return
+        if not _any_left(origin, mean, inv_std):
+            if origin.waiting:
+                origin.beyond.zero_()
+                origin.waiting = False
+            return
+    growth = origin.inv_std / inv_std
+    left = (growth > _RATIO) | (((mean - origin.mean) * origin.inv_std).abs() > _DISTANCE)
+    deviation = (seen.mean.flatten() - origin.mean).square()
     if seen.variance is not None:
         deviation = deviation + seen.variance
-    count = (count + 1) * (deviation * inv_before * inv_std > _BEYOND**2)
-    growth = inv_before / inv_std
-    left = (growth > _RATIO) | (((mean - before) * inv_before).abs() > _DISTANCE)
-    moved = left & (count >= _BATCHES) & filled
-    went = torch.maximum(went, moved.to(went))
+    far = deviation * origin.inv_std * inv_std > _BEYOND**2
+    beyond = (origin.beyond + 1) * (far & left)
+    filled = torch.as_tensor(_filled(place), device=mean.device)
+    moved = (beyond >= _BATCHES) & filled
+    went = torch.maximum(origin.went, moved.to(mean.dtype))
     moved = moved | ((growth < 1 / _RATIO) & (went > 0))
-    place.origin = torch.stack((before, inv_before, count, went))
-    if bank.on_host and not moved.any():  # which may read, and has most steps end here
-        return
-    _express(place, torch.where(moved, growth, 1), torch.where(moved, mean - before * growth, 0))
-    here[3] = went
-    place.origin = torch.where(moved | ~filled, here, place.origin)
-    _tell_units(place, moved)
+    if not bank.on_host or moved.any():
+        _express(place, torch.where(moved, growth, 1), torch.where(moved, mean - origin.mean * growth, 0))
+        _tell_units(place, moved, inv_std)
+        new = moved | ~filled
+        mean, inv_std = torch.where(new, mean, origin.mean), torch.where(new, inv_std, origin.inv_std)
+        place.origin = Origin(mean, inv_std, beyond * ~new, went, settled=origin.settled)
+    else:
+        origin.beyond, origin.waiting = beyond, True
+
+
+def _filled(place: Place) -> Tensor | bool:
+    """Whether the running statistics rest on enough."""
+    bank = place.bank
+    filled: Tensor | bool = bank.ledger.mass(place.row) * (1 - bank.options.stat_decay) >= _FILLED
+    return filled
+
+
+def _any_left(origin: Origin, mean: Tensor, inv_std: Tensor) -> bool:
+    """Whether there is anything to look at more closely, in few operations."""
+    least, most = (float(x) for x in torch.aminmax(origin.inv_std / inv_std))
+    distance = torch.linalg.vector_norm((mean - origin.mean) * origin.inv_std, float("inf"))
+    return most > _RATIO or float(distance) > _DISTANCE or (least < 1 / _RATIO and bool(origin.went.any()))
 
 
 def _express(place: Place, growth: Tensor, shift: Tensor) -> None:
@@ -93,12 +117,12 @@ def _express(place: Place, growth: Tensor, shift: Tensor) -> None:
     apply_on_rows(from_z, live.layer.adapter, rows, live.weight, live.bias, change)
 
 
-def _tell_units(place: Place, moved: Tensor) -> None:
+def _tell_units(place: Place, moved: Tensor, inv_std: Tensor) -> None:
     """The floors of a folded layer compare its features in the units of now, and so do those of the next optimizer."""
     units = place.bank.units(place.row)
-    if units is None or place.origin is None:
+    if units is None:
         return
-    new = torch.where(moved, place.origin[1].square().reciprocal(), units)
+    new = torch.where(moved, inv_std.square().reciprocal(), units)
     place.bank.set_units(place.row, new)
     kept = place.layer.uses[0].module._buffers.get(UNITS)
     if kept is not None and kept.shape == new.shape:

@@ -15,7 +15,7 @@ from bnp_optim.moments import Moments, statistics_dtype
 from bnp_optim.sharding.blocks import local_grad
 from bnp_optim.spectral import Projection, power_step
 
-__all__ = ["Home", "LiveLayer", "Place", "dense_grad", "home_of", "live_shards", "statistics_home"]
+__all__ = ["Home", "LiveLayer", "Origin", "Place", "dense_grad", "home_of", "live_shards", "statistics_home"]
 
 Home = tuple[torch.device, torch.dtype]
 
@@ -35,12 +35,48 @@ class LiveLayer(NamedTuple):
 
 
 @dataclass(eq=False)
+class Origin:
+    """Where a weight that follows its inputs was last expressed; each (channels,). See :mod:`bnp_optim.following`.
+
+    Args:
+        mean: μ.
+        inv_std: 1/σ̃.
+        beyond: How many batches in a row lay beyond it.
+        went: 1 for those that have moved before, else 0.
+        waiting: Whether ``beyond`` may have other values than 0.
+        settled: Whether the statistics are known to rest on enough.
+    """
+
+    mean: Tensor
+    inv_std: Tensor
+    beyond: Tensor
+    went: Tensor
+    waiting: bool = True
+    settled: bool = False
+
+    @classmethod
+    def at(cls, mean: Tensor, inv_std: Tensor) -> Origin:
+        """One from which nothing has moved; a copy."""
+        return cls(mean.clone(), inv_std.clone(), torch.zeros_like(mean), torch.zeros_like(mean), waiting=False)
+
+    @classmethod
+    def of(cls, snapshot: Tensor, like: Tensor) -> Origin:
+        """What :meth:`snapshot` was made of, where ``like`` is."""
+        mean, inv_std, beyond, went = snapshot.to(like).clone().unbind()
+        return cls(mean, inv_std, beyond, went)
+
+    def snapshot(self) -> Tensor:
+        """All of it, (4, channels)."""
+        return torch.stack((self.mean, self.inv_std, self.beyond, self.went))
+
+
+@dataclass(eq=False)
 class Place:
     """Where the samples and the statistics of one layer are kept; ``live`` during a step.
 
     Args:
         seen: The samples of the step, while it lasts.
-        origin: Where a weight that follows its inputs was last expressed, (4, channels): :mod:`bnp_optim.following`.
+        origin: Of a weight that follows its inputs.
     """
 
     layer: Layer
@@ -52,7 +88,7 @@ class Place:
     live: LiveLayer | None = None
     projection: Projection | None = None
     seen: Moments | None = None
-    origin: Tensor | None = None
+    origin: Origin | None = None
 
     def take(self) -> Moments | None:
         """The samples behind the gradient; where there is none, what waits has lost its gradient."""

@@ -12,10 +12,10 @@ from bnp_optim.bank import StatisticsBank
 from bnp_optim.common_scale import share_scale
 from bnp_optim.discovery import Findings, Layer, ShardedLayer, SkipRule, find_layers
 from bnp_optim.exchange import Batches, Shared
-from bnp_optim.following import ORIGIN, can_follow, follow
+from bnp_optim.following import can_follow, follow
 from bnp_optim.hooks import Hooks
 from bnp_optim.intake import Gate, Intake
-from bnp_optim.places import Home, LiveLayer, Place, dense_grad, home_of, live_shards, statistics_home
+from bnp_optim.places import Home, LiveLayer, Origin, Place, dense_grad, home_of, live_shards, statistics_home
 from bnp_optim.sharding.checks import check_not_sharded_since, check_whole_inputs
 from bnp_optim.sharding.fsdp import reshard
 from bnp_optim.sharding.localized import widened
@@ -246,13 +246,13 @@ class Tracker:
         if place.intake.direction is not None:
             snapshot["direction"] = place.intake.direction.clone()
         if place.origin is not None:
-            snapshot["origin"] = place.origin.clone()
+            snapshot["origin"] = place.origin.snapshot()
         return snapshot
 
     def expected_shapes(self, layer: Layer) -> dict[str, torch.Size]:
         """The shapes of a snapshot; "direction" only where it is in use, "units" and "origin" always."""
         shapes = {key: value.shape for key, value in self.snapshot(layer).items()}
-        return {**shapes, "units": shapes["mean"], "origin": torch.Size((ORIGIN, *shapes["mean"]))}
+        return {**shapes, "units": shapes["mean"], "origin": torch.Size((4, *shapes["mean"]))}
 
     def restore(self, layer: Layer, snapshot: dict[str, Tensor]) -> None:
         """Put a snapshot back (of matching shapes)."""
@@ -261,7 +261,7 @@ class Tracker:
         if place.intake.direction is not None and "direction" in snapshot:
             place.intake.direction.copy_(snapshot["direction"])
         if "origin" in snapshot:
-            place.origin = snapshot["origin"].to(place.bank.now.mean).clone()
+            place.origin = Origin.of(snapshot["origin"], place.bank.now.mean)
         self.ready.add(layer)
 
     def reset(self) -> None:

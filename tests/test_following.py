@@ -58,8 +58,8 @@ class Follower:
             return weight, bias
         growth, distance = now.sigma / self.sigma, abs(now.mean - self.mean) / self.sigma
         far = np.sqrt(((x - self.mean) ** 2).mean(0)) > 2 * np.sqrt(self.sigma * now.sigma)
-        self.beyond = np.where(far, self.beyond + 1, 0)
-        out = ((growth > 2) | (distance > 1)) & (self.beyond >= 3)
+        self.beyond = np.where(far & ((growth > 2) | (distance > 1)), self.beyond + 1, 0)
+        out = self.beyond >= 3
         self.went |= out
         shrunk = (growth < 0.5) & self.went & ~out
         self.shrunk += int(shrunk.sum())

@@ -72,10 +72,11 @@ class Statistics:
             self.origin, self.beyond, self.went = now, torch.zeros_like(self.mean), torch.zeros_like(self.mean).bool()
             return
         mean, square = self.origin
-        self.beyond = (self.beyond + 1) * ((sample - mean).square() > 4 * (square * now[1]).sqrt())
         growth = (now[1] / square).sqrt()
-        far = (now[0] - mean).square() > (self.ratio / 2) ** 2 * square
-        grown = ((growth > self.ratio) | far) & (self.beyond >= 3)
+        left = (growth > self.ratio) | ((now[0] - mean).square() > (self.ratio / 2) ** 2 * square)
+        far = (sample - mean).square() > 4 * (square * now[1]).sqrt()
+        self.beyond = (self.beyond + 1) * (left & far)
+        grown = self.beyond >= 3
         self.went = self.went | grown
         moved = grown | ((growth < 1 / self.ratio) & self.went)
         if bool(moved.any()):
