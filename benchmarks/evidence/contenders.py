@@ -211,6 +211,15 @@ CONTENDERS = PEERS | {  # those for some tasks too
         *(replace(PEERS[n], name=f"{n}, {start}", variant=start) for start, names in _STARTS.items() for n in names),
         bnp(OWN_Q, "muon"),
         bnp("BNP-Muon, no bound", "muon", step_scale=None),
+        *(
+            replace(
+                PEERS[n],
+                name=f"{n}, ε1 = {e:g}",
+                bnp=tuple(sorted({**dict(PEERS[n].bnp or ()), "var_rel_eps": e}.items())),
+            )
+            for n in ("BNP-momentum", "BNP-AdamW", "BNP-Muon")
+            for e in (0.1, 1.0)
+        ),
         bnp("BNP-momentum, clipped", "momentum", max_norm=MAX_NORM),
         bnp("BNP-momentum, folded, clipped", "momentum", "folded", max_norm=MAX_NORM),
         *(bnp(f"BNP-{base}, following", base.lower(), follow_inputs=True) for base in ("SGD", "momentum", "AdamW")),

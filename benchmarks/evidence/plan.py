@@ -156,12 +156,14 @@ _CORE = tuple(n for n in _MAIN if PEERS[n].norm in ("none", "bn") and not PEERS[
 # singd's K-FAC trains Linear and Conv2d, and would leave an LSTM as it is, as fold_normalization would
 _RECURRENT = tuple(name for name in PEERS if CONTENDERS[name].norm in ("none", "ln") and name != "K-FAC")
 _CLIPPED = tuple(name for name in CONTENDERS if name.endswith("clipped"))
+_FLOORS = tuple(name for name in CONTENDERS if ", ε1 = " in name)
 _EVERY = (*PEERS, *FOLDED, *_HE)
 _FULL = {
     "sequential": _RECURRENT,
     "cifar": (*_EVERY, *_CLIPPED),
     "resnet": _EVERY,
-    "fashion": (*PEERS, *_QUICK_FOLDED, *_CLIPPED),
+    "fashion": (*PEERS, *_QUICK_FOLDED, *_CLIPPED, *_FLOORS),
+    "mnist": (*PEERS, "BNP-momentum, folded, clipped", *_FLOORS),
 }
 PRESETS = {
     p.name: p
