@@ -62,7 +62,7 @@ def follow(place: Place) -> None:
         if not origin.settled:
             origin.settled = bool(_filled(place))
             if not origin.settled:
-                place.origin = Origin.at(mean, inv_std)
+                origin.become(mean, inv_std, origin.beyond, origin.went)
                 return
         if not _any_left(origin, mean, inv_std):
             if origin.waiting:
@@ -83,11 +83,10 @@ def follow(place: Place) -> None:
     if not bank.on_host or moved.any():
         _express(place, torch.where(moved, growth, 1), torch.where(moved, mean - origin.mean * growth, 0))
         _tell_units(place, moved, inv_std)
-        new = moved | ~filled
-        mean, inv_std = torch.where(new, mean, origin.mean), torch.where(new, inv_std, origin.inv_std)
-        place.origin = Origin(mean, inv_std, beyond * ~new, went, settled=origin.settled)
-    else:
-        origin.beyond, origin.waiting = beyond, True
+    here = moved | ~filled
+    mean, inv_std = torch.where(here, mean, origin.mean), torch.where(here, inv_std, origin.inv_std)
+    origin.become(mean, inv_std, beyond * ~here, went)
+    origin.waiting = True
 
 
 def _filled(place: Place) -> Tensor | bool:

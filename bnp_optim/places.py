@@ -65,6 +65,13 @@ class Origin:
         mean, inv_std, beyond, went = snapshot.to(like).clone().unbind()
         return cls(mean, inv_std, beyond, went)
 
+    def become(self, mean: Tensor, inv_std: Tensor, beyond: Tensor, went: Tensor) -> None:
+        """In place, so that a captured graph goes on from where its last replay ended."""
+        for mine, new in zip(
+            (self.mean, self.inv_std, self.beyond, self.went), (mean, inv_std, beyond, went), strict=True
+        ):
+            mine.copy_(new)
+
     def snapshot(self) -> Tensor:
         """All of it, (4, channels)."""
         return torch.stack((self.mean, self.inv_std, self.beyond, self.went))
