@@ -244,6 +244,6 @@ def figure(streams: Mapping[str, int], seeds: Sequence[int], chosen: Chosen, res
         ax.set_xlabel("samples")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     grid.legend(handles, labels, loc="lower center", ncols=6 if columns > 2 else 3, frameon=False)
-    grid.tight_layout(rect=(0, 0.05 if columns > 2 else 0.09, 1, 1))
+    grid.tight_layout(rect=(0, 0.07 if columns > 2 else 0.12, 1, 1))
     grid.savefig(path, dpi=100)
     plt.close(grid)
