@@ -267,9 +267,8 @@ def fingerprint(contender: Contender) -> str:
     """What ``contender`` computes: a hash of the parameters, to six digits, after a few steps of two small nets.
 
     In float64, batch sizes 1 and 5, with an input that never changes and one that is far larger than the others; where
-    the units of inputs are followed, more steps, and in the last of them other units. So
-    results outlive every change of the sources that changes no number. Of packages of others it is the version and the
-    options.
+    the units of inputs are followed, more steps, and in the last of them other units. So results outlive every change
+    of the sources that changes no number. Of packages of others it is the version and the options.
     """
     if contender.base in PACKAGES:
         options = sorted(OPTIONS.get(contender.base, {}).items())
