@@ -17,8 +17,8 @@ __all__ = ["ALONE", "COLD", "at_first_steps", "at_the_door"]
 COLD = ("cold", "this state_dict has no BNP statistics (it was saved by the plain optimizer): they start anew")
 ALONE = (
     "alone",
-    "follow_inputs does nothing where several ranks train together: what of a layer's inputs is data each rank knows "
-    "of its own samples alone, and the weights would drift apart. Normalize the inputs before the model",
+    "follow_inputs does nothing where several ranks train together: each of them knows of its own samples alone "
+    "whether they are data, so the weights could drift apart. Normalize the inputs before the model",
 )
 
 

@@ -135,11 +135,15 @@ def test_a_convolution_follows_channel_by_channel(groups: int) -> None:
     np.testing.assert_allclose(layer.bias.detach().numpy(), bias, rtol=1e-9, atol=1e-12)  # type: ignore[union-attr]
 
 
-def test_where_no_unit_changes_nothing_is_changed_to_the_last_bit() -> None:
+@pytest.mark.parametrize("on_host", [True, False], ids=["on the host", "on the device"])
+def test_where_no_unit_changes_nothing_is_changed_to_the_last_bit(on_host: bool) -> None:
     plain, following = mlp(), mlp()
-    train(plain, momentum(plain, follow_inputs=False, stat_decay=0.99), inputs(100))
-    optimizer = momentum(following, stat_decay=0.99)
-    train(following, optimizer, inputs(100))
+    optimizers = [momentum(plain, follow_inputs=False, stat_decay=0.99), momentum(following, stat_decay=0.99)]
+    for model, optimizer in zip((plain, following), optimizers, strict=True):
+        if not on_host:
+            optimizer._tracker._on_host = False
+            optimizer._tracker.reset()
+        train(model, optimizer, inputs(100))
     assert same(list(following.parameters()), list(plain.parameters()))
     assert "bnp_origin" in optimizer.state_dict()["state"][0]  # it was watched
     assert "bnp_origin" not in optimizer.state_dict()["state"][2]

@@ -212,11 +212,7 @@ CONTENDERS = PEERS | {  # those for some tasks too
         bnp(OWN_Q, "muon"),
         bnp("BNP-Muon, no bound", "muon", step_scale=None),
         *(
-            replace(
-                PEERS[n],
-                name=f"{n}, ε1 = {e:g}",
-                bnp=tuple(sorted({**dict(PEERS[n].bnp or ()), "var_rel_eps": e}.items())),
-            )
+            bnp(f"{n}, ε1 = {e:g}", PEERS[n].base, var_rel_eps=e, **dict(PEERS[n].bnp or ()))
             for n in ("BNP-momentum", "BNP-AdamW", "BNP-Muon")
             for e in (0.1, 1.0)
         ),

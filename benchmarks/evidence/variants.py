@@ -174,7 +174,7 @@ FOLLOWS = {"following at 1": 1.0, "following at 4": 4.0, "following at 8": 8.0} 
 
 @contextmanager
 def following_at(ratio: float) -> Iterator[None]:
-    """``follow_inputs`` with another band; at 1 nearly every step. The distance of μ keeps its ratio to it."""
+    """``follow_inputs`` with another band for σ̃, and half of it for μ; at 1 whatever the witnesses let through."""
     with mock.patch.multiple("bnp_optim.following", _RATIO=ratio, _DISTANCE=ratio / 2):
         yield
 
